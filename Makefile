@@ -1,0 +1,92 @@
+# What a developer or a reader runs. Needs git, make and a Python >= 3.11 with venv; `make` lists it.
+# uv is installed into .uv, the project and its locked dependencies into .venv; nothing else is touched.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+UV_VERSION := 0.13.9
+UV := .uv/bin/uv
+PYTEST := python -m pytest -n 2
+LIBRARY_TESTS := proma_jax tests --ignore tests/experiments
+LOCK := pyproject.toml setup.cfg uv.lock
+
+# Interpreters from the environment and pyenv; none is downloaded.
+export UV_PYTHON_DOWNLOADS := never
+export UV_PROJECT_ENVIRONMENT := .venv
+unexport VIRTUAL_ENV
+PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 \
+  $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/*/bin/python3))
+
+# $(call find-python,minor): shell code that sets $$python to the first Python >= 3.minor.
+define find-python
+python=; \
+for candidate in $(PYTHONS); do \
+  if $$candidate -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, $(1)))' 2>/dev/null; \
+  then python=$$candidate; break; fi; \
+done; \
+if [ -z "$$python" ]; then \
+  echo "No Python >= 3.$(1) with the venv module found among: $(PYTHONS)." >&2; \
+  echo "Install one (Debian, Ubuntu: python3-venv), or name it: make PYTHON=/path/to/python3" >&2; \
+  exit 1; \
+fi; \
+echo "Using $$($$python --version) ($$python)"
+endef
+
+.PHONY: help demo test lint format typecheck test-floor test-newest lock clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.experiments  ## compare the four methods on integer addition; a CPU will do
+	@echo "Running python -m experiments.compare"
+	@.venv/bin/python -m experiments.compare
+
+test: .venv/.dev  ## run all tests and doctests at the locked versions
+	@echo "Running the tests and doctests"
+	@.venv/bin/$(PYTEST)
+
+lint: .venv/.dev  ## check style and formatting
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+
+format: .venv/.dev  ## fix style and formatting
+	@.venv/bin/ruff check --fix
+	@.venv/bin/ruff format
+
+typecheck: .venv/.dev  ## check types
+	@.venv/bin/mypy
+
+test-floor: $(UV)  ## run the library's tests at the oldest supported dependencies
+	@$(UV) venv --quiet --clear --python .uv/bin/python .venv-floor
+	@$(UV) pip install --python .venv-floor --resolution lowest-direct --editable '.[dev]'
+	@echo "Running the library's tests at the oldest supported dependencies"
+	@.venv-floor/bin/$(PYTEST) $(LIBRARY_TESTS)
+
+test-newest: $(UV)  ## run the library's tests at the newest dependencies (needs Python >= 3.12)
+	@$(call find-python,12); $(UV) venv --quiet --clear --python "$$python" .venv-newest
+	@$(UV) pip install --python .venv-newest --editable '.[dev]'
+	@echo "Running the library's tests at the newest dependencies"
+	@.venv-newest/bin/$(PYTEST) $(LIBRARY_TESTS)
+
+lock: $(UV)  ## resolve uv.lock anew
+	@$(UV) lock --upgrade
+
+clean:  ## remove what make has made, save the experiments' results
+	rm -rf .uv .venv* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(UV):
+	@echo "Installing uv $(UV_VERSION) into .uv"
+	@$(call find-python,11); $$python -m venv --clear .uv
+	@.uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+.venv/.experiments: $(LOCK) | $(UV)
+	@echo "Installing proma_jax and what the experiments need into .venv"
+	@$(UV) sync --locked --inexact --python .uv/bin/python --extra experiments
+	@touch $@
+
+.venv/.dev: $(LOCK) | $(UV)
+	@echo "Installing proma_jax, what the experiments need and the tools into .venv"
+	@$(UV) sync --locked --python .uv/bin/python --all-extras
+	@touch $@

@@ -1,0 +1,1 @@
+"""Proximal policy updates for JAX without a reference policy: PROMA as optax transformations."""

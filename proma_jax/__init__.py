@@ -1,16 +1,23 @@
 """Proximal policy updates for JAX without a reference policy: PROMA as optax transformations."""
 
 from proma_jax import policy_gradient
+from proma_jax.accumulation import AccumulateState, accumulate, has_updated
 from proma_jax.capture import check_scores, describe_scores, sequence_scores
+from proma_jax.intra import ProjectIntraState, project_intra
 from proma_jax.scores import DenseScores, LayerFactors, LookupFactors, weighted_sum
 
 __all__ = [
+    "AccumulateState",
     "DenseScores",
     "LayerFactors",
     "LookupFactors",
+    "ProjectIntraState",
+    "accumulate",
     "check_scores",
     "describe_scores",
+    "has_updated",
     "policy_gradient",
+    "project_intra",
     "sequence_scores",
     "weighted_sum",
 ]

@@ -1,0 +1,87 @@
+"""Options that both transformations take: masks, and numbers that may be schedules."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from proma_jax.projection import layer_norms
+
+Number = ArrayLike | Callable[[jax.Array], ArrayLike]
+Mask = Any | Callable[[Any], Any]
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises a ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises a ValueError unless `value` is a Python integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"{name}={value!r} must be a Python int of at least 1: it shapes the computation and "
+            "can neither be traced nor injected (optax.inject_hyperparams takes static_args)."
+        )
+
+
+def check_number(name: str, value: Any, least: float, most: float = float("inf")) -> None:
+    """Raises a ValueError if `value` is a known number outside [least, most]."""
+    if callable(value) or isinstance(value, jax.core.Tracer):
+        return
+    if jnp.shape(value) != () or not least <= value <= most:
+        raise ValueError(
+            f"{name}={value!r} must be a number in [{least:g}, {most:g}], or a schedule of such."
+        )
+
+
+def at_step(number: Number, step: jax.Array) -> ArrayLike:
+    """The value of a number, or of a schedule at a step."""
+    return number(step) if callable(number) else number
+
+
+def mask_leaves(mask: Mask, updates: Any) -> list[bool] | None:
+    """One bool for each leaf of `updates`; None without a mask.
+
+    Args:
+      mask: None, a pytree of bools that `updates` has as a prefix, or a function from `updates` to
+        one.
+      updates: pytree of arrays, in which `optax.MaskedNode` stands for what is not there.
+
+    Raises:
+      ValueError: the mask has another structure or holds something else than bools.
+    """
+    if mask is None:
+        return None
+    tree = mask(updates) if callable(mask) else mask
+
+    def expand(chosen: Any, subtree: Any) -> Any:
+        if not isinstance(chosen, (bool, np.bool_)):
+            raise ValueError(f"it holds {chosen!r}, but every leaf must be True or False.")
+        return jax.tree.map(lambda _: bool(chosen), subtree)
+
+    try:
+        expanded = jax.tree.map(expand, tree, updates)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"mask does not fit the updates: {error}") from error
+    return jax.tree.leaves(expanded)
+
+
+def fraction(removed: Sequence[jax.Array], whole: Sequence[jax.Array]) -> jax.Array:
+    """‖removed‖ / ‖whole‖, each over all its arrays; 0 where both are zero. Float32."""
+
+    def norm(arrays: Sequence[jax.Array]) -> jax.Array:
+        norms = [layer_norms(array).astype(jnp.float32) for array in arrays]
+        return layer_norms(jnp.stack(norms)) if norms else jnp.zeros(())
+
+    total = norm(whole)
+    return norm(removed) / jnp.where(total == 0, 1, total)
+
+
+def with_leaves(tree: Any, leaves: Sequence[jax.Array]) -> Any:
+    """`tree` with other leaves."""
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)

@@ -1,0 +1,277 @@
+"""PROMA's accumulation variant: `accumulate` wraps any optax optimizer, like `optax.MultiSteps`.
+
+While the k microbatches of an optimizer step are summed, the running gradient G is projected
+orthogonal to each microbatch's scores before that microbatch's own gradient g_m is added:
+
+    G ← G − shrinkage · P_S(G),   S = span{s_1, ..., s_b}
+    G ← G + g_m
+
+What is left of earlier microbatches does not, to first order, move the log-probabilities of the
+latest one's sequences. After the k-th microbatch the inner optimizer gets G and moves the
+parameters; until then the updates are zero.
+
+Example:
+  >>> import jax, jax.numpy as jnp, optax
+  >>> import proma_jax as proma
+  >>> def logprob_fn(params, sequence):
+  ...     inputs, tokens = sequence
+  ...     logprobs = jax.nn.log_softmax(inputs @ params["kernel"] + params["bias"])
+  ...     return jnp.sum(jnp.take_along_axis(logprobs, tokens[:, None], axis=-1))
+  >>> params = {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)}
+  >>> inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+  >>> tx = proma.accumulate(inner, every_k_schedule=2)
+  >>> state = tx.init(params)
+  >>> for m in range(2):
+  ...     inputs = jax.random.normal(jax.random.key(m), (4, 6, 3))   # b = 4 sequences, 6 tokens
+  ...     microbatch = (inputs, jnp.arange(24).reshape(4, 6) % 5)
+  ...     logprobs, scores = proma.sequence_scores(logprob_fn)(params, microbatch)
+  ...     coefficients = jnp.array([-0.1, 0.2, 0.1, -0.2])           # −advantage / tokens
+  ...     grads = proma.weighted_sum(scores, coefficients)
+  ...     updates, state = tx.update(grads, state, params, scores=scores)
+  ...     params = optax.apply_updates(params, updates)
+  ...     print(bool(proma.has_updated(state)), bool(jnp.any(updates["kernel"])))
+  False False
+  True True
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from proma_jax import _options
+from proma_jax.projection import Solver, removed_part
+from proma_jax.scores import DenseScores, LayerFactors, ScoreLeaf, match_scores
+
+
+class AccumulateState(NamedTuple):
+    """State of `accumulate`; what it shares with `optax.MultiStepsState` has the same name.
+
+    Attributes:
+      mini_step: () int32, microbatches taken so far in this optimizer step.
+      gradient_step: () int32, optimizer steps taken so far; what schedules count.
+      inner_opt_state: state of the inner optimizer.
+      acc_grads: G, shaped like the parameters.
+      projected_fraction: () float32, ‖removed‖ / ‖G‖ over all leaves, for the latest microbatch.
+      skip_state: what `should_skip_update_fn` last returned beside its verdict.
+    """
+
+    mini_step: jax.Array
+    gradient_step: jax.Array
+    inner_opt_state: Any
+    acc_grads: Any
+    projected_fraction: jax.Array
+    skip_state: Any
+
+
+def accumulate(
+    inner: optax.GradientTransformation,
+    every_k_schedule: int | Callable[[jax.Array], Any],
+    *,
+    solver: Solver = "ridge",
+    ridge: _options.Number = 1e-2,
+    shrinkage: _options.Number = 1.0,
+    relative_bound: _options.Number | None = None,
+    skip_fraction: _options.Number = 0.0,
+    rtol: float = 1e-6,
+    use_grad_mean: bool = False,
+    accumulator_dtype: DTypeLike = jnp.float32,
+    mask: _options.Mask = None,
+    should_skip_update_fn: optax.ShouldSkipUpdateFunction | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Accumulates microbatches, projecting G orthogonal to each one's scores on the way.
+
+    Call `update(updates, state, params, scores=scores)` once for each microbatch, with the
+    microbatch's loss gradient, whatever the objective, and the scores of its sequences, from
+    `sequence_scores` or, dense, from `jax.vmap(jax.grad(logprob_fn), (None, 0))`. Scores line up
+    with updates by leaf path. A leaf that a layer scan or an einsum batch axis stacks is projected
+    layer by layer.
+
+    Args:
+      inner: any optax optimizer; it runs on the last microbatch of a step only. Gradient clipping
+        belongs in it, where it sees the whole step's gradient. Other extra arguments reach it.
+      every_k_schedule: k, the microbatches of an optimizer step, or a function from the number of
+        optimizer steps taken so far to k.
+      solver: of the projection P_S. "ridge" is the author's: it leaves the fraction ridge / (σ² +
+        ridge) of a direction whose singular value among the unit-norm scores is σ. "qr" and "svd"
+        are exact; they hold all b scores of one layer at a time.
+      ridge: of the solver "ridge", at least 0. Default: the author's 1e-2.
+      shrinkage: fraction of the projection that is removed, in [0, 1]; 0 is plain accumulation.
+        Default: the author's 1.
+      relative_bound: where ‖P_S(G)‖ exceeds this many times ‖g_m‖ in a layer, it is scaled down to
+        that length; at least 0. Default: None, no bound (the paper's Algorithm 1). The published
+        runs used 0.5.
+      skip_fraction: nothing is removed at the microbatches m < skip_fraction · k, counted from 0;
+        in [0, 1]. Default: 0, all remove. The published runs used 0.5 and 0.001.
+      rtol: "qr" and "svd" keep directions with at most this fraction of the largest singular value
+        in G. Default: 1e-6, eight float32 epsilons.
+      use_grad_mean: divides G by k when it goes to `inner`. Default: False, a sum, since
+        coefficients are normalised by the whole mini-batch already.
+      accumulator_dtype: of G. Default: float32. `inner` gets G in the updates' dtype.
+      mask: which leaves are projected, a pytree of bools or a function from the updates to one.
+        Default: those with dense scores or LayerFactors; embedding lookups and tied tables are
+        accumulated plainly.
+      should_skip_update_fn: as in `optax.MultiSteps`, e.g. `optax.skip_not_finite`. A microbatch
+        whose updates it rejects, or whose scores hold NaN or infinity, contributes and removes
+        nothing, but counts towards k. Default: None, nothing is skipped.
+
+    Returns:
+      The transformation. `updates` come out zero until the k-th microbatch, then as `inner` makes
+      them. The state keeps its structure, shapes and dtypes. ridge, shrinkage, relative_bound and
+      skip_fraction may be schedules, functions of the number of optimizer steps taken so far.
+
+    Raises:
+      ValueError: an option out of range; in `update`, no `scores`, or scores that do not fit the
+        updates, with the name of the leaf and both shapes.
+    """
+    if not callable(every_k_schedule):
+        _options.check_count("every_k_schedule", every_k_schedule)
+    _options.check_choice("solver", solver, get_args(Solver))
+    _options.check_number("ridge", ridge, 0)
+    _options.check_number("shrinkage", shrinkage, 0, 1)
+    _options.check_number("skip_fraction", skip_fraction, 0, 1)
+    _options.check_number("rtol", rtol, 0, 1)
+    if relative_bound is not None:
+        _options.check_number("relative_bound", relative_bound, 0)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Any) -> AccumulateState:
+        zero = jnp.zeros((), jnp.int32)
+        skip_state = _judge(should_skip_update_fn, params, [], zero, params)[1]
+        return AccumulateState(
+            mini_step=zero,
+            gradient_step=zero,
+            inner_opt_state=inner.init(params),
+            acc_grads=optax.tree.zeros_like(params, dtype=accumulator_dtype),
+            projected_fraction=jnp.zeros((), jnp.float32),
+            skip_state=optax.tree.zeros_like(skip_state),
+        )
+
+    def update_fn(
+        updates: Any,
+        state: AccumulateState,
+        params: Any = None,
+        *,
+        scores: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, AccumulateState]:
+        matched = match_scores(updates, scores)
+        step, m = state.gradient_step, state.mini_step
+        k = _options.at_step(every_k_schedule, step)
+        projects = _projected_leaves(matched, _options.mask_leaves(mask, updates))
+
+        removes = m >= _options.at_step(skip_fraction, step) * k
+        bound = None if relative_bound is None else _options.at_step(relative_bound, step)
+
+        def remove(gradient: jax.Array, update: jax.Array, leaf: ScoreLeaf) -> jax.Array:
+            removed = removed_part(
+                gradient,
+                update,
+                leaf,
+                solver=solver,
+                ridge=_options.at_step(ridge, step),
+                shrinkage=_options.at_step(shrinkage, step),
+                relative_bound=bound,
+                rtol=rtol,
+            )
+            return jnp.where(removes, removed, 0)
+
+        accumulated = jax.tree.leaves(state.acc_grads)
+        removed = [
+            remove(gradient, update, leaf) if leaf is not None and project else None
+            for gradient, (_, update, leaf), project in zip(
+                accumulated, matched, projects, strict=True
+            )
+        ]
+        summed = [
+            (gradient - (0 if part is None else part) + update).astype(accumulator_dtype)
+            for gradient, part, (_, update, _) in zip(accumulated, removed, matched, strict=True)
+        ]
+        fraction = _options.fraction([x for x in removed if x is not None], accumulated)
+
+        skip, skip_state = _judge(should_skip_update_fn, updates, scores, step, params)
+        total = _options.with_leaves(
+            state.acc_grads,
+            [jnp.where(skip, old, new) for old, new in zip(accumulated, summed, strict=True)],
+        )
+        emits = m == k - 1
+
+        def emit(total: Any, inner_state: Any) -> tuple[Any, Any]:
+            whole = jax.tree.map(lambda x: x / k, total) if use_grad_mean else total
+            gradient = optax.tree.cast_like(whole, updates)
+            return inner.update(gradient, inner_state, params, **extra)
+
+        def hold(total: Any, inner_state: Any) -> tuple[Any, Any]:
+            shapes, _ = jax.eval_shape(emit, total, inner_state)
+            return jax.tree.map(
+                lambda x, s: jnp.zeros_like(x, s.dtype), updates, shapes
+            ), inner_state
+
+        new_updates, inner_state = jax.lax.cond(emits, emit, hold, total, state.inner_opt_state)
+        return new_updates, AccumulateState(
+            mini_step=jnp.where(emits, 0, m + 1),
+            gradient_step=jnp.where(emits, optax.safe_increment(step), step),
+            inner_opt_state=inner_state,
+            acc_grads=jax.tree.map(lambda x: jnp.where(emits, 0, x), total),
+            projected_fraction=jnp.where(skip, 0, fraction),
+            skip_state=skip_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def has_updated(state: Any) -> jax.Array:
+    """Whether the latest microbatch completed an optimizer step.
+
+    Args:
+      state: of `accumulate`, or of anything that wraps one, such as `optax.chain`.
+
+    Returns:
+      () bool.
+
+    Raises:
+      ValueError: the state holds no AccumulateState, or several.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = optax.chain(optax.identity(), accumulate(optax.sgd(0.1), 2))
+      >>> print(has_updated(tx.init(jnp.zeros(3))))
+      False
+    """
+
+    def is_ours(x: Any) -> bool:
+        return isinstance(x, AccumulateState)
+
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    if len(found) != 1:
+        raise ValueError(f"state must hold one AccumulateState, but holds {len(found)}.")
+    return (found[0].mini_step == 0) & (found[0].gradient_step > 0)
+
+
+def _projected_leaves(
+    matched: list[tuple[str, jax.Array, ScoreLeaf | None]], chosen: list[bool] | None
+) -> list[bool]:
+    if chosen is None:
+        return [isinstance(leaf, (DenseScores, LayerFactors)) for _, _, leaf in matched]
+    for (path, _, leaf), project in zip(matched, chosen, strict=True):
+        if project and leaf is None:
+            raise ValueError(f"mask asks to project {path}, but its scores are None.")
+    return chosen
+
+
+def _judge(
+    should_skip_update_fn: optax.ShouldSkipUpdateFunction | None,
+    updates: Any,
+    scores: Any,
+    step: jax.Array,
+    params: Any,
+) -> tuple[jax.Array, Any]:
+    """Whether to skip a microbatch, and what the user's function says beside that."""
+    if should_skip_update_fn is None:
+        return jnp.asarray(False), ()
+    skip, skip_state = should_skip_update_fn(updates, step, params)
+    finite = [jnp.all(jnp.isfinite(array)) for array in jax.tree.leaves(scores)]
+    return skip | ~jnp.all(jnp.asarray(finite)), skip_state

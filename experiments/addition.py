@@ -1,0 +1,97 @@
+"""Integer addition as text: prompts `37+58=`, responses `95` and an end token, exact-answer reward.
+
+Prompts are padded on the left to one width and responses, which vary in length, on the right,
+as for a language model. Every pair of operands is a problem; a fixed shuffle sets some aside for
+validation, so that training never sees them.
+
+Example:
+    >>> task = Addition(digits=2)
+    >>> tokens, valid = task.encode_prompts(["37+58=", "4+5="])
+    >>> tokens.shape, valid.sum(axis=1).tolist()
+    ((2, 6), [6, 4])
+    >>> task.reward(["37+58=", "37+58="], task.encode_responses(["95", "96"]))
+    array([1., 0.], dtype=float32)
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+PAD, END = 0, 1
+CHARACTERS = "0123456789+="
+VOCAB_SIZE = 2 + len(CHARACTERS)
+
+_TOKEN_OF = {character: 2 + i for i, character in enumerate(CHARACTERS)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Addition:
+    """The task: which problems there are, and how they read as tokens."""
+
+    digits: int = 2
+    """Most digits of an operand; operands are drawn from 0 to 10^digits - 1."""
+    validation_problems: int = 512
+    """Problems held out for validation."""
+    seed: int = 0
+    """Seed of the split into training and validation problems."""
+
+    def __post_init__(self):
+        if not 0 < self.validation_problems < 10 ** (2 * self.digits):
+            raise ValueError(
+                f"validation_problems={self.validation_problems} must leave some of the "
+                f"{10 ** (2 * self.digits)} problems with digits={self.digits} for training"
+            )
+
+    @property
+    def prompt_width(self) -> int:
+        """Tokens of the longest prompt."""
+        return 2 * self.digits + 2
+
+    @property
+    def response_width(self) -> int:
+        """Tokens of the longest answer, its end token included."""
+        return self.digits + 2
+
+    @functools.cached_property
+    def _problems(self) -> np.ndarray:
+        return np.random.default_rng(self.seed).permutation(10 ** (2 * self.digits))
+
+    def _prompts(self, problems: np.ndarray) -> list[str]:
+        left, right = np.divmod(problems, 10**self.digits)
+        return [f"{a}+{b}=" for a, b in zip(left, right, strict=True)]
+
+    def validation_prompts(self) -> list[str]:
+        """The held-out prompts."""
+        return self._prompts(self._problems[: self.validation_problems])
+
+    def training_prompts(self, count: int, rng: np.random.Generator) -> list[str]:
+        """`count` training prompts, drawn without replacement."""
+        problems = self._problems[self.validation_problems :]
+        if count > len(problems):
+            raise ValueError(f"{count=} prompts, but digits={self.digits} has only {len(problems)}")
+        return self._prompts(rng.choice(problems, count, replace=False))
+
+    def answer(self, prompt: str) -> str:
+        """The right response to a prompt."""
+        left, right = prompt.removesuffix("=").split("+")
+        return str(int(left) + int(right))
+
+    def encode_prompts(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (n, prompt_width), padded on the left, and which of them are no padding."""
+        tokens = np.full((len(prompts), self.prompt_width), PAD, np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[len(row) - len(prompt) :] = [_TOKEN_OF[character] for character in prompt]
+        return tokens, tokens != PAD
+
+    def encode_responses(self, responses: list[str]) -> np.ndarray:
+        """Tokens (n, response_width): the response, an end token, padding on the right."""
+        tokens = np.full((len(responses), self.response_width), PAD, np.int32)
+        for row, response in zip(tokens, responses, strict=True):
+            row[: len(response) + 1] = [_TOKEN_OF[character] for character in response] + [END]
+        return tokens
+
+    def reward(self, prompts: list[str], responses: np.ndarray) -> np.ndarray:
+        """1 for each response (n, response_width) that is the answer, ended and padded, else 0."""
+        answers = self.encode_responses([self.answer(prompt) for prompt in prompts])
+        return np.all(responses == answers, axis=1).astype(np.float32)

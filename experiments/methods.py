@@ -1,0 +1,152 @@
+"""The methods compared: what each takes as a microbatch's gradient, and its chain of transforms.
+
+Everything else (rollouts, advantages, weights, microbatches, clipping, AdamW) is the same for all.
+Clipping and AdamW sit inside the accumulation, where they see the whole optimizer step's gradient.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import proma_jax as proma
+from experiments import sampling
+from proma_jax import policy_gradient as pg
+
+MethodName = Literal["reinforce", "grpo", "grpo_matched", "proma_accumulation", "proma_intra"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+    """Settings of the optimizer and of each method."""
+
+    learning_rate: float = 1e-4
+    """Of AdamW, constant and the same for all methods."""
+    max_gradient_norm: float = 1.0
+    """The whole step's gradient is clipped to this global norm."""
+    clip: float = 0.2
+    """grpo: the likelihood ratio counts between 1 - clip and 1 + clip."""
+    shrinkage: float = 1.0
+    """proma: the fraction of the projection that is removed."""
+    ridge: float = 1e-2
+    """proma_accumulation: added to the Gram matrix of the unit-norm scores."""
+    relative_bound: float | None = 0.5
+    """proma_accumulation: the removed part is at most this many times as long as the microbatch's
+    gradient; None leaves it unbounded, the paper's Algorithm 1."""
+    skip_fraction: float = 0.5
+    """proma_accumulation: nothing is removed during this first fraction of the microbatches."""
+    rank: int = 2
+    """proma_intra: dimension of the subspaces of inputs and output gradients, which means something
+    only beside the layers' widths and the tokens of a microbatch. At 2 a layer's gradient loses
+    about a tenth of its length here, as the published runs did at 10."""
+
+
+class Microbatch(NamedTuple):
+    """b rollouts and their weights (b,) in the loss gradient."""
+
+    rollouts: sampling.Rollouts
+    coefficients: jax.Array
+
+
+class Method(NamedTuple):
+    """One method.
+
+    Attributes:
+        gradient: (params, microbatch) to its loss gradient and the optimizer's extra arguments.
+        optimizer: takes one such gradient per microbatch and moves the parameters at the last.
+    """
+
+    gradient: Callable[[nnx.State, Microbatch], tuple[nnx.State, dict[str, Any]]]
+    optimizer: optax.GradientTransformationExtraArgs
+
+
+@functools.lru_cache
+def make_method(
+    name: MethodName,
+    config: MethodConfig,
+    graphdef: nnx.GraphDef,
+    microbatches: int,
+    update_norms: tuple[float, ...] = (),
+) -> Method:
+    """Builds a method; the same arguments give the same object, so that jit compiles it once.
+
+    Args:
+        name: which one.
+        config: its settings.
+        graphdef: the policy's structure.
+        microbatches: how many make one optimizer step.
+        update_norms: the length each optimizer step's update is rescaled to, for grpo_matched.
+    """
+
+    def loss_gradient(loss_fn):
+        def gradient(params, microbatch):
+            def loss(params):
+                logprobs = sampling.response_logprobs(graphdef, params, microbatch.rollouts)
+                return loss_fn(logprobs, microbatch)
+
+            return jax.grad(loss)(params), {}
+
+        return gradient
+
+    def reinforce_loss(logprobs, microbatch):
+        return pg.reinforce_loss(logprobs, microbatch.coefficients, microbatch.rollouts.mask)
+
+    def clipped_loss(logprobs, microbatch):
+        rollouts, coefficients = microbatch
+        return pg.ppo_clip_loss(
+            logprobs,
+            rollouts.logprobs,
+            coefficients,
+            rollouts.mask,
+            clip_low=config.clip,
+            clip_high=config.clip,
+        )
+
+    def sequence_logprob(params, rollout):
+        return jnp.sum(sampling.response_logprobs(graphdef, params, rollout))
+
+    def score_gradient(params, microbatch):
+        _, scores = proma.sequence_scores(sequence_logprob)(params, microbatch.rollouts)
+        return proma.weighted_sum(scores, microbatch.coefficients), {"scores": scores}
+
+    def plainly_accumulated(inner):
+        steps = optax.MultiSteps(inner, microbatches, use_grad_mean=False)
+        return steps.gradient_transformation()
+
+    def rescale_to(norms):
+        lengths = jnp.asarray(norms)
+        return optax.chain(
+            optax.normalize_by_update_norm(eps=0.0), optax.scale_by_schedule(lengths.__getitem__)
+        )
+
+    inner = optax.chain(
+        optax.snapshot("gradient_norm", optax.tree.norm),
+        optax.clip_by_global_norm(config.max_gradient_norm),
+        optax.adamw(config.learning_rate),
+        rescale_to(update_norms) if name == "grpo_matched" else optax.identity(),
+        optax.snapshot("update_norm", optax.tree.norm),
+    )
+    match name:
+        case "reinforce":
+            return Method(loss_gradient(reinforce_loss), plainly_accumulated(inner))
+        case "grpo" | "grpo_matched":
+            return Method(loss_gradient(clipped_loss), plainly_accumulated(inner))
+        case "proma_accumulation":
+            accumulated = proma.accumulate(
+                inner,
+                every_k_schedule=microbatches,
+                solver="ridge",
+                ridge=config.ridge,
+                shrinkage=config.shrinkage,
+                relative_bound=config.relative_bound,
+                skip_fraction=config.skip_fraction,
+            )
+            return Method(score_gradient, accumulated)
+        case "proma_intra":
+            projected = proma.project_intra(rank=config.rank, shrinkage=config.shrinkage)
+            return Method(score_gradient, optax.chain(projected, plainly_accumulated(inner)))

@@ -1,0 +1,257 @@
+"""One method's run from the warm start: rollouts, updates, and a row of metrics per optimizer step.
+
+A rollout batch serves several optimizer steps, each with its own prompts; within a step the
+sequences of a group are spread over the microbatches at random. Prompts, sampling noise and that
+shuffle depend on the seed and the batch alone, so they are the same for every method, and a
+resumed run equals the uninterrupted one.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments import methods, records, sampling, warm_start
+from proma_jax import policy_gradient as pg
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of a run that are the same for all methods."""
+
+    steps: int = 40
+    """Optimizer steps."""
+    prompts: int = 128
+    """Prompts in a rollout batch."""
+    group_size: int = 8
+    """Responses sampled to each prompt."""
+    steps_per_batch: int = 2
+    """Optimizer steps per rollout batch; each takes its share of the prompts."""
+    microbatch_size: int = 8
+    """Sequences in a microbatch."""
+    validation_every: int = 4
+    """Optimizer steps between two greedy validations."""
+    checkpoint_every: int = 10
+    """Optimizer steps between two checkpoints, at least."""
+    method: methods.MethodConfig = methods.MethodConfig()
+
+    def __post_init__(self):
+        if self.steps % self.steps_per_batch:
+            raise ValueError(
+                f"steps={self.steps} must be a multiple of steps_per_batch={self.steps_per_batch}"
+            )
+        if self.prompts % self.steps_per_batch:
+            raise ValueError(
+                f"prompts={self.prompts} must be a multiple of "
+                f"steps_per_batch={self.steps_per_batch}"
+            )
+        if self.sequences_per_step % self.microbatch_size:
+            raise ValueError(
+                f"the {self.sequences_per_step} sequences of an optimizer step (prompts * "
+                f"group_size / steps_per_batch) must be a multiple of "
+                f"microbatch_size={self.microbatch_size}"
+            )
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences that one optimizer step learns from."""
+        return self.prompts * self.group_size // self.steps_per_batch
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches of one optimizer step."""
+        return self.sequences_per_step // self.microbatch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """All that a run's results depend on."""
+
+    method: methods.MethodName
+    """Which method to train with."""
+    seed: int = 0
+    """Of prompts, sampling and shuffling."""
+    start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
+    training: TrainingConfig = TrainingConfig()
+    update_norms: tuple[float, ...] = ()
+    """grpo_matched: the global norm that each optimizer step's update is rescaled to."""
+
+    def __post_init__(self):
+        needed = self.training.steps if self.method == "grpo_matched" else 0
+        if len(self.update_norms) != needed:
+            raise ValueError(
+                f"{len(self.update_norms)} update_norms for method={self.method!r}, which needs "
+                f"{needed}: grpo_matched takes one per optimizer step, the others none"
+            )
+
+
+class State(NamedTuple):
+    """What a run carries from one optimizer step to the next."""
+
+    params: nnx.State
+    opt_state: optax.OptState
+    cumulative_kl: jax.Array
+
+
+def train(
+    config: RunConfig,
+    graphdef: nnx.GraphDef,
+    start: nnx.State,
+    directory: pathlib.Path,
+    *,
+    on_row: Callable[[records.Row], None] = lambda row: None,
+) -> list[records.Row]:
+    """Runs one method, or what is left of the run that `directory` holds.
+
+    Args:
+        config: the run's settings.
+        graphdef: the policy's structure.
+        start: its parameters at the warm start.
+        directory: where the run's records go.
+        on_row: called with each new row of metrics.
+
+    Returns:
+        The metrics of the whole run. Row 0 is the start; row t > 0 describes optimizer step t:
+        `reward` of its rollout batch, `step_kl` of the policy before the step from that after it,
+        `start_kl` of the policy after it from the start and its `entropy` (exact, over the whole
+        vocabulary, in nats per response token of the rollout batch), `gradient_norm` before
+        clipping, `update_norm`, `projected_fraction` (a mean over the microbatches), `seconds` of
+        the update, and at times `validation`, the greedy accuracy on the held-out prompts.
+
+    Raises:
+        ValueError: the directory holds a run with other settings.
+    """
+    settings = config.training
+    method = methods.make_method(
+        config.method, settings.method, graphdef, settings.microbatches, config.update_norms
+    )
+    validation_prompts = config.start.task.validation_prompts()
+
+    def validate(params):
+        return sampling.greedy_accuracy(config.start.task, graphdef, params, validation_prompts)
+
+    with records.Run(directory, config) as run:
+        done = run.step or 0
+        if done == settings.steps:
+            return records.read_metrics(directory)
+        run.begin()
+        state = run.restore(State(start, method.optimizer.init(start), jnp.float32(0)))
+        if not done:
+            row = {"step": 0, "start_kl": 0.0, "cumulative_kl": 0.0, "validation": validate(start)}
+            run.log(row)
+            on_row(row)
+        for first in range(done, settings.steps, settings.steps_per_batch):
+            rollouts, reward, minibatches = collect(config, graphdef, state.params, first)
+            for step, minibatch in enumerate(minibatches, first + 1):
+                state, row = _step(method, graphdef, start, state, minibatch, rollouts)
+                row = {"step": step, "reward": reward, **row}
+                if step % settings.validation_every == 0 or step == settings.steps:
+                    row["validation"] = validate(state.params)
+                run.log(row)
+                on_row(row)
+            if (
+                step % settings.checkpoint_every < settings.steps_per_batch
+                or step == settings.steps
+            ):
+                run.save(step, state)
+    return records.read_metrics(directory)
+
+
+def update_norms(directory: pathlib.Path) -> tuple[float, ...]:
+    """The length of each optimizer step's update in a finished run."""
+    return tuple(row["update_norm"] for row in records.read_metrics(directory) if row["step"] > 0)
+
+
+def collect(
+    config: RunConfig, graphdef: nnx.GraphDef, params: nnx.State, batch: int
+) -> tuple[sampling.Rollouts, float, list[methods.Microbatch]]:
+    """Samples a rollout batch and divides it among its optimizer steps.
+
+    Returns:
+        The rollouts; their mean reward; per optimizer step its microbatches, stacked (k, b, ...).
+    """
+    task, settings = config.start.task, config.training
+    rng = np.random.default_rng([config.seed, batch])
+    prompts = task.training_prompts(settings.prompts, rng)
+    prompts = [prompt for prompt in prompts for _ in range(settings.group_size)]
+    key = jax.random.fold_in(jax.random.key(config.seed), batch)
+    rollouts = jax.device_get(sampling.respond(task, graphdef, params, prompts, key))
+    rewards = task.reward(prompts, rollouts.responses)
+    advantages = pg.group_relative_advantages(rewards.reshape(-1, settings.group_size)).ravel()
+
+    def minibatch(share):
+        order = rng.permutation(share).reshape(settings.microbatches, settings.microbatch_size)
+        chosen = jax.tree.map(lambda x: x[order], rollouts)
+        weights = pg.token_mean_coefficients(advantages[order], chosen.mask.sum())
+        return methods.Microbatch(chosen, weights)
+
+    shares = np.split(np.arange(len(prompts)), settings.steps_per_batch)
+    return rollouts, float(rewards.mean()), [minibatch(share) for share in shares]
+
+
+def _step(
+    method: methods.Method,
+    graphdef: nnx.GraphDef,
+    start: nnx.State,
+    state: State,
+    minibatch: methods.Microbatch,
+    rollouts: sampling.Rollouts,
+) -> tuple[State, dict[str, float]]:
+    """One optimizer step, and what there is to say about it."""
+    began = time.perf_counter()
+    params, opt_state, lengths = jax.block_until_ready(
+        update(method, state.params, state.opt_state, minibatch)
+    )
+    seconds = time.perf_counter() - began
+    divergences = _divergences(graphdef, state.params, params, start, rollouts)
+    cumulative_kl = state.cumulative_kl + divergences["step_kl"]
+    row = divergences | {"cumulative_kl": cumulative_kl} | lengths | {"seconds": seconds}
+    return State(params, opt_state, cumulative_kl), {k: float(v) for k, v in row.items()}
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def update(
+    method: methods.Method,
+    params: nnx.State,
+    opt_state: optax.OptState,
+    minibatch: methods.Microbatch,
+) -> tuple[nnx.State, optax.OptState, dict[str, jax.Array]]:
+    """One optimizer step: a scan over the microbatches of `minibatch` (k, b, ...)."""
+
+    def accumulate(carry, microbatch):
+        params, opt_state = carry
+        grads, extra = method.gradient(params, microbatch)
+        updates, opt_state = method.optimizer.update(grads, opt_state, params, **extra)
+        projected = optax.tree.get(opt_state, "projected_fraction", 0.0)
+        return (optax.apply_updates(params, updates), opt_state), projected
+
+    (params, opt_state), projected = jax.lax.scan(accumulate, (params, opt_state), minibatch)
+    return (
+        params,
+        opt_state,
+        {
+            "gradient_norm": optax.tree.get(opt_state, "gradient_norm"),
+            "update_norm": optax.tree.get(opt_state, "update_norm"),
+            "projected_fraction": jnp.mean(projected),
+        },
+    )
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _divergences(graphdef, before, after, start, rollouts):
+    before, after, start = (
+        sampling.response_logits(graphdef, params, rollouts) for params in (before, after, start)
+    )
+    return {
+        "step_kl": pg.exact_kl(before, after, rollouts.mask),
+        "start_kl": pg.exact_kl(after, start, rollouts.mask),
+        "entropy": pg.entropy(after, rollouts.mask),
+    }

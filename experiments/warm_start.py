@@ -1,0 +1,123 @@
+"""The start that all methods share: a decoder trained on worked examples to about half right.
+
+Reinforcement learning needs some successes to begin with. The start is trained once, saved, and
+reused by every run that asks for the same settings.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments import addition, records, sampling
+from experiments.decoder import Decoder, DecoderConfig
+from proma_jax import policy_gradient as pg
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStartConfig:
+    """The task, the decoder, and its supervised training."""
+
+    task: addition.Addition = addition.Addition()
+    decoder: DecoderConfig = DecoderConfig(vocab_size=addition.VOCAB_SIZE)
+    target_accuracy: float = 0.5
+    """Training ends at the first check with at least this greedy validation accuracy."""
+    check_every: int = 25
+    """Steps between two checks of the accuracy."""
+    max_steps: int = 2000
+    """Steps after which a start that is still not good enough is an error."""
+    batch_size: int = 256
+    """Worked examples in one step."""
+    learning_rate: float = 1e-3
+    """Of AdamW, constant."""
+    max_gradient_norm: float = 1.0
+    """Gradients are clipped to this global norm."""
+    seed: int = 0
+    """Of the decoder's initialisation and of the examples."""
+
+    def __post_init__(self):
+        if self.decoder.vocab_size < addition.VOCAB_SIZE:
+            raise ValueError(
+                f"decoder.vocab_size={self.decoder.vocab_size} must be at least "
+                f"{addition.VOCAB_SIZE}, the task's tokens"
+            )
+
+
+def examples(task: addition.Addition, prompts: list[str]) -> sampling.Rollouts:
+    """Worked examples in the form of rollouts: the prompts with their answers as responses."""
+    tokens, valid = task.encode_prompts(prompts)
+    responses = task.encode_responses([task.answer(prompt) for prompt in prompts])
+    mask = responses != addition.PAD
+    return sampling.Rollouts(
+        tokens=jnp.concatenate([tokens, responses], axis=1),
+        valid=jnp.concatenate([valid, mask], axis=1),
+        mask=jnp.asarray(mask),
+        logprobs=jnp.zeros(mask.shape),
+    )
+
+
+def warm_start(
+    config: WarmStartConfig,
+    directory: pathlib.Path,
+    on_check: Callable[[records.Row], None] = lambda row: None,
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """The trained policy, from `directory` if it is there.
+
+    Args:
+        config: its settings.
+        directory: where it is, or will be.
+        on_check: called with a row (step, loss, validation) at every check of the accuracy.
+
+    Returns:
+        The decoder as `nnx.split` gives it.
+
+    Raises:
+        ValueError: the directory holds another start.
+        RuntimeError: the target was not reached within max_steps.
+    """
+    task = config.task
+    graphdef, params = nnx.split(Decoder(config.decoder, rngs=nnx.Rngs(config.seed)))
+    with records.Run(directory, config) as run:
+        if run.step is not None:
+            return graphdef, run.restore(params)
+        run.begin()
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(config.max_gradient_norm), optax.adamw(config.learning_rate)
+        )
+        opt_state = optimizer.init(params)
+        rng = np.random.default_rng(config.seed)
+        validation_prompts = task.validation_prompts()
+        run.restore(params)
+        for step in range(1, config.max_steps + 1):
+            batch = examples(task, task.training_prompts(config.batch_size, rng))
+            loss, params, opt_state = _update(optimizer, graphdef, params, opt_state, batch)
+            if step % config.check_every == 0:
+                accuracy = sampling.greedy_accuracy(task, graphdef, params, validation_prompts)
+                row = {"step": step, "loss": float(loss), "validation": accuracy}
+                run.log(row)
+                on_check(row)
+                if accuracy >= config.target_accuracy:
+                    run.save(step, params)
+                    return graphdef, params
+    raise RuntimeError(
+        f"warm start: greedy validation accuracy {accuracy:.2f} after {config.max_steps} steps, "
+        f"target_accuracy={config.target_accuracy}: raise max_steps or lower the target"
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("optimizer", "graphdef"))
+def _update(optimizer, graphdef, params, opt_state, batch):
+    def loss_fn(params):
+        logprobs = sampling.response_logprobs(graphdef, params, batch)
+        weights = pg.token_mean_coefficients(jnp.ones(len(batch.mask)), batch.mask.sum())
+        return pg.reinforce_loss(logprobs, weights, batch.mask)
+
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return loss, optax.apply_updates(params, updates), opt_state

@@ -1,0 +1,228 @@
+"""Every method end to end on a tiny decoder, and what interruptions may not change."""
+
+import dataclasses
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from experiments import methods, records, sampling, training, warm_start
+from experiments.addition import VOCAB_SIZE, Addition
+from experiments.decoder import DecoderConfig
+
+START = warm_start.WarmStartConfig(
+    task=Addition(digits=1, validation_problems=20),
+    decoder=DecoderConfig(
+        VOCAB_SIZE, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, hidden=16
+    ),
+    target_accuracy=0.0,
+    check_every=50,
+    batch_size=64,
+    learning_rate=1e-2,
+)
+TRAINING = training.TrainingConfig(
+    steps=6,
+    prompts=8,
+    group_size=4,
+    microbatch_size=4,
+    validation_every=2,
+    checkpoint_every=2,
+    method=methods.MethodConfig(learning_rate=3e-3, relative_bound=None, skip_fraction=0.0),
+)
+METRICS = {
+    "step",
+    "reward",
+    "step_kl",
+    "start_kl",
+    "cumulative_kl",
+    "entropy",
+    "gradient_norm",
+    "update_norm",
+    "projected_fraction",
+    "seconds",
+}
+
+
+def config_of(method, **changes):
+    return training.RunConfig(method, 0, START, TRAINING, **changes)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A policy that is right often enough for rewards to vary."""
+    return warm_start.warm_start(START, tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="module")
+def runs(start, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    metrics = {}
+    for method in ("reinforce", "grpo", "proma_accumulation", "proma_intra"):
+        metrics[method] = training.train(config_of(method), *start, root / method)
+    norms = training.update_norms(root / "proma_accumulation")
+    matched = config_of("grpo_matched", update_norms=norms)
+    metrics["grpo_matched"] = training.train(matched, *start, root / "grpo_matched")
+    return metrics
+
+
+def without_seconds(rows):
+    return [{key: row[key] for key in row if key != "seconds"} for row in rows]
+
+
+def test_every_step_is_logged_whole(runs):
+    for rows in runs.values():
+        assert [row["step"] for row in rows] == list(range(7))
+        assert [row["step"] for row in rows if "validation" in row] == [0, 2, 4, 6]
+        for row in rows[1:]:
+            assert row.keys() >= METRICS
+            assert all(np.isfinite(value) for value in row.values())
+            assert row["step_kl"] > 0
+            assert row["update_norm"] > 0
+        np.testing.assert_allclose(
+            [row["cumulative_kl"] for row in rows[1:]],
+            np.cumsum([row["step_kl"] for row in rows[1:]]),
+            rtol=1e-5,
+        )
+        assert rows[1]["start_kl"] > 0
+
+
+def test_all_methods_begin_with_the_same_rollouts(runs):
+    assert len({rows[1]["reward"] for rows in runs.values()}) == 1
+    assert len({rows[0]["validation"] for rows in runs.values()}) == 1
+
+
+def test_methods_differ(runs):
+    assert len({rows[2]["step_kl"] for rows in runs.values()}) == len(runs)
+
+
+def test_grpo_starts_as_reinforce_because_the_policy_is_still_the_one_that_sampled(runs):
+    np.testing.assert_allclose(
+        runs["grpo"][1]["gradient_norm"], runs["reinforce"][1]["gradient_norm"], rtol=1e-4
+    )
+
+
+def test_only_proma_projects(runs):
+    for method, rows in runs.items():
+        projected = {row["projected_fraction"] > 0 for row in rows[1:]}
+        assert projected == {method.startswith("proma")}
+
+
+def test_matched_updates_have_the_norms_of_the_other_run(runs):
+    np.testing.assert_allclose(
+        [row["update_norm"] for row in runs["grpo_matched"][1:]],
+        [row["update_norm"] for row in runs["proma_accumulation"][1:]],
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("method", ["proma_accumulation", "proma_intra"])
+def test_proma_without_shrinkage_is_reinforce(method, start, runs, tmp_path):
+    unshrunk = dataclasses.replace(TRAINING.method, shrinkage=0.0)
+    settings = dataclasses.replace(TRAINING, steps=2, method=unshrunk)
+    rows = training.train(training.RunConfig(method, 0, START, settings), *start, tmp_path)
+    for row, expected in zip(rows[1:], runs["reinforce"][1:3], strict=True):
+        for key in ("gradient_norm", "update_norm", "step_kl", "entropy"):
+            np.testing.assert_allclose(row[key], expected[key], rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["reinforce", "proma_accumulation", "proma_intra"])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(method, start, runs, tmp_path):
+    def interrupt(row):
+        if row["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config_of(method), *start, tmp_path, on_row=interrupt)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "rew')
+    rows = training.train(config_of(method), *start, tmp_path)
+    assert without_seconds(rows) == without_seconds(runs[method])
+
+
+def test_a_finished_run_is_taken_as_it_is(start, runs, tmp_path):
+    rows = training.train(config_of("grpo"), *start, tmp_path)
+    assert without_seconds(rows) == without_seconds(runs["grpo"])
+    again = training.train(
+        config_of("grpo"), *start, tmp_path, on_row=lambda row: pytest.fail("ran again")
+    )
+    assert again == rows
+
+
+def test_a_directory_does_not_mix_settings(tmp_path):
+    with records.Run(tmp_path, config_of("grpo")):
+        pass
+    faster = dataclasses.replace(TRAINING.method, learning_rate=1.0)
+    other = dataclasses.replace(TRAINING, method=faster)
+    with pytest.raises(
+        ValueError, match=r"training\.method\.learning_rate: 0\.003 there, 1\.0 now"
+    ):
+        records.Run(tmp_path, training.RunConfig("grpo", 0, START, other))
+
+
+def test_a_minibatch_holds_whole_groups_spread_over_microbatches(start):
+    config = config_of("grpo")
+    rollouts, reward, minibatches = training.collect(config, *start, batch=0)
+    assert 0 < reward < 1
+    assert len(minibatches) == 2
+    tokens = []
+    for microbatches in minibatches:
+        chex.assert_shape(microbatches.coefficients, (4, 4))
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), microbatches)
+        tokens.append(flat.rollouts.tokens)
+        prompts = flat.rollouts.tokens[:, : START.task.prompt_width]
+        groups = np.unique(prompts, axis=0, return_inverse=True)[1]
+        assert np.bincount(groups).tolist() == [4] * 4
+        assert any(len(set(groups[i : i + 4])) > 1 for i in range(0, 16, 4))
+        for group in range(4):  # advantages are relative to the group
+            assert abs(flat.coefficients[groups == group].sum()) < 1e-6
+    together = np.concatenate(tokens)
+    np.testing.assert_array_equal(np.sort(together, axis=0), np.sort(rollouts.tokens, axis=0))
+
+
+def test_weights_are_the_advantages_over_the_minibatch_tokens(start):
+    _, _, (microbatches, _) = training.collect(config_of("grpo"), *start, batch=0)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), microbatches)
+    prompts = flat.rollouts.tokens[:, : START.task.prompt_width]
+    groups = np.unique(prompts, axis=0, return_inverse=True)[1]
+    text = ["".join("??0123456789+="[token] for token in row if token > 1) for row in prompts]
+    rewards = START.task.reward(text, flat.rollouts.responses)
+    for group in range(4):
+        r = rewards[groups == group]
+        expected = -(r - r.mean()) / (r.std(ddof=1) + 1e-6) / flat.rollouts.mask.sum()
+        np.testing.assert_allclose(flat.coefficients[groups == group], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 5}, "steps=5"),
+        ({"prompts": 7}, "prompts=7"),
+        ({"microbatch_size": 5}, "microbatch_size=5"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TRAINING, **settings)
+
+
+def test_matched_runs_need_norms():
+    with pytest.raises(ValueError, match="update_norms"):
+        config_of("grpo_matched")
+
+
+def test_warm_start_is_reused_and_reaches_its_target(tmp_path):
+    config = dataclasses.replace(START, target_accuracy=0.1, check_every=25)
+    graphdef, params = warm_start.warm_start(config, tmp_path)
+    prompts = config.task.validation_prompts()
+    reached = sampling.greedy_accuracy(config.task, graphdef, params, prompts)
+    assert reached >= 0.1
+    assert records.read_metrics(tmp_path)[-1]["validation"] == pytest.approx(reached)
+    again = warm_start.warm_start(config, tmp_path, lambda row: pytest.fail("trained again"))
+    chex.assert_trees_all_equal(again[1], params)
+
+
+def test_a_warm_start_that_falls_short_is_an_error(tmp_path):
+    config = dataclasses.replace(START, target_accuracy=1.0, max_steps=2, check_every=1)
+    with pytest.raises(RuntimeError, match="after 2 steps"):
+        warm_start.warm_start(config, tmp_path)

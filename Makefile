@@ -38,7 +38,7 @@ endef
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/.experiments  ## compare the four methods on integer addition; a CPU will do
+demo: .venv/.experiments  ## compare the methods on integer addition; a CPU will do
 	@echo "Running python -m experiments.compare"
 	@.venv/bin/python -m experiments.compare
 

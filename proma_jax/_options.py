@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from proma_jax.projection import layer_norms
+from proma_jax.scores import ScoreLeaf
 
 Number = ArrayLike | Callable[[jax.Array], ArrayLike]
 Mask = Any | Callable[[Any], Any]
@@ -21,11 +22,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raises a ValueError unless `value` is a Python integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    """Raises a ValueError unless `value` is a static integer of at least 1."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
         raise ValueError(
-            f"{name}={value!r} must be a Python int of at least 1: it shapes the computation and "
-            "can neither be traced nor injected (optax.inject_hyperparams takes static_args)."
+            f"{name}={value!r} must be a static int of at least 1: it can neither be traced nor "
+            "injected (name it in the static_args of optax.inject_hyperparams)."
         )
 
 
@@ -33,7 +34,8 @@ def check_number(name: str, value: Any, least: float, most: float = float("inf")
     """Raises a ValueError if `value` is a known number outside [least, most]."""
     if callable(value) or isinstance(value, jax.core.Tracer):
         return
-    if jnp.shape(value) != () or not least <= value <= most:
+    is_scalar = isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
+    if not is_scalar or jnp.shape(value) != () or not least <= value <= most:
         raise ValueError(
             f"{name}={value!r} must be a number in [{least:g}, {most:g}], or a schedule of such."
         )
@@ -44,19 +46,48 @@ def at_step(number: Number, step: jax.Array) -> ArrayLike:
     return number(step) if callable(number) else number
 
 
-def mask_leaves(mask: Mask, updates: Any) -> list[bool] | None:
-    """One bool for each leaf of `updates`; None without a mask.
+def projected_leaves(
+    matched: Sequence[tuple[str, jax.Array, ScoreLeaf | None]],
+    mask: Mask,
+    updates: Any,
+    by_default: tuple[type, ...],
+    possible: tuple[type, ...],
+) -> list[bool]:
+    """Whether each leaf of `updates` is to be projected.
 
     Args:
-      mask: None, a pytree of bools that `updates` has as a prefix, or a function from `updates` to
-        one.
+      matched: (path, update, scores) of each leaf.
+      mask: as in `_mask_leaves`, or None.
+      updates: pytree of arrays.
+      by_default: kinds of scores that are projected without a mask.
+      possible: kinds of scores that can be projected.
+
+    Raises:
+      ValueError: the mask does not fit, or asks for a leaf whose scores are of another kind.
+    """
+    if mask is None:
+        return [isinstance(leaf, by_default) for _, _, leaf in matched]
+    chosen = _mask_leaves(mask, updates)
+    for (path, _, leaf), project in zip(matched, chosen, strict=True):
+        if project and not isinstance(leaf, possible):
+            kind = "None" if leaf is None else type(leaf).__name__
+            needed = " or ".join(sorted(kind.__name__ for kind in possible))
+            raise ValueError(
+                f"mask asks to project {path}, but its scores are {kind}, not {needed}."
+            )
+    return chosen
+
+
+def _mask_leaves(mask: Mask, updates: Any) -> list[bool]:
+    """One bool for each leaf of `updates`.
+
+    Args:
+      mask: a pytree of bools that is a prefix of `updates`, or a function from `updates` to one.
       updates: pytree of arrays, in which `optax.MaskedNode` stands for what is not there.
 
     Raises:
       ValueError: the mask has another structure or holds something else than bools.
     """
-    if mask is None:
-        return None
     tree = mask(updates) if callable(mask) else mask
 
     def expand(chosen: Any, subtree: Any) -> Any:
@@ -76,7 +107,7 @@ def fraction(removed: Sequence[jax.Array], whole: Sequence[jax.Array]) -> jax.Ar
 
     def norm(arrays: Sequence[jax.Array]) -> jax.Array:
         norms = [layer_norms(array).astype(jnp.float32) for array in arrays]
-        return layer_norms(jnp.stack(norms)) if norms else jnp.zeros(())
+        return layer_norms(jnp.stack(norms)) if norms else jnp.zeros((), jnp.float32)
 
     total = norm(whole)
     return norm(removed) / jnp.where(total == 0, 1, total)

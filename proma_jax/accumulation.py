@@ -78,17 +78,21 @@ def accumulate(
     skip_fraction: _options.Number = 0.0,
     rtol: float = 1e-6,
     use_grad_mean: bool = False,
-    accumulator_dtype: DTypeLike = jnp.float32,
+    accumulator_dtype: DTypeLike = "float32",
     mask: _options.Mask = None,
     should_skip_update_fn: optax.ShouldSkipUpdateFunction | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Accumulates microbatches, projecting G orthogonal to each one's scores on the way.
 
     Call `update(updates, state, params, scores=scores)` once for each microbatch, with the
-    microbatch's loss gradient, whatever the objective, and the scores of its sequences, from
-    `sequence_scores` or, dense, from `jax.vmap(jax.grad(logprob_fn), (None, 0))`. Scores line up
-    with updates by leaf path. A leaf that a layer scan or an einsum batch axis stacks is projected
-    layer by layer.
+    microbatch's loss gradient, whatever the objective, and the scores of its sequences from
+    `sequence_scores`. Scores line up with updates by leaf path. A leaf that a layer scan or an
+    einsum batch axis stacks is projected layer by layer.
+
+    Arrays (b, *leaf.shape) of your own, as from `jax.vmap(jax.grad(logprob_fn), (None, 0))`, serve
+    as well, and None where a leaf is not to be projected. But an array is one layer, whatever it
+    stacks (`DenseScores(array, num_layer_axes=1)` says otherwise), and it is projected also where
+    it is of an embedding table.
 
     Args:
       inner: any optax optimizer; it runs on the last microbatch of a step only. Gradient clipping
@@ -112,11 +116,14 @@ def accumulate(
         coefficients are normalised by the whole mini-batch already.
       accumulator_dtype: of G. Default: float32. `inner` gets G in the updates' dtype.
       mask: which leaves are projected, a pytree of bools or a function from the updates to one.
-        Default: those with dense scores or LayerFactors; embedding lookups and tied tables are
-        accumulated plainly.
+        Default: those with dense scores or LayerFactors; embedding lookups and tied tables, as
+        `sequence_scores` reports them, are accumulated plainly.
       should_skip_update_fn: as in `optax.MultiSteps`, e.g. `optax.skip_not_finite`. A microbatch
         whose updates it rejects, or whose scores hold NaN or infinity, contributes and removes
         nothing, but counts towards k. Default: None, nothing is skipped.
+
+    Under `optax.inject_hyperparams`, name in its static_args what is not a number:
+    every_k_schedule, mask and should_skip_update_fn.
 
     Returns:
       The transformation. `updates` come out zero until the k-th microbatch, then as `inner` makes
@@ -124,9 +131,13 @@ def accumulate(
       skip_fraction may be schedules, functions of the number of optimizer steps taken so far.
 
     Raises:
-      ValueError: an option out of range; in `update`, no `scores`, or scores that do not fit the
-        updates, with the name of the leaf and both shapes.
+      ValueError: an option out of range; in `update`, no `scores`, or scores or a state that do not
+        fit the updates, with the name of the leaf and both shapes.
     """
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise ValueError(
+            f"inner={inner!r} must be an optax transformation, like optax.adamw(1e-5)."
+        )
     if not callable(every_k_schedule):
         _options.check_count("every_k_schedule", every_k_schedule)
     _options.check_choice("solver", solver, get_args(Solver))
@@ -134,16 +145,18 @@ def accumulate(
     _options.check_number("shrinkage", shrinkage, 0, 1)
     _options.check_number("skip_fraction", skip_fraction, 0, 1)
     _options.check_number("rtol", rtol, 0, 1)
+    if accumulator_dtype is None or not jnp.issubdtype(accumulator_dtype, jnp.floating):
+        raise ValueError(f"{accumulator_dtype=} must be a floating point type, like 'float32'.")
     if relative_bound is not None:
         _options.check_number("relative_bound", relative_bound, 0)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> AccumulateState:
-        zero = jnp.zeros((), jnp.int32)
-        skip_state = _judge(should_skip_update_fn, params, [], zero, params)[1]
+        gradient_step = jnp.zeros((), jnp.int32)
+        skip_state = _judge(should_skip_update_fn, params, [], gradient_step, params)[1]
         return AccumulateState(
-            mini_step=zero,
-            gradient_step=zero,
+            mini_step=jnp.zeros((), jnp.int32),
+            gradient_step=gradient_step,
             inner_opt_state=inner.init(params),
             acc_grads=optax.tree.zeros_like(params, dtype=accumulator_dtype),
             projected_fraction=jnp.zeros((), jnp.float32),
@@ -158,51 +171,59 @@ def accumulate(
         scores: Any = None,
         **extra: Any,
     ) -> tuple[Any, AccumulateState]:
+        _check_state(updates, state.acc_grads)
         matched = match_scores(updates, scores)
         step, m = state.gradient_step, state.mini_step
         k = _options.at_step(every_k_schedule, step)
-        projects = _projected_leaves(matched, _options.mask_leaves(mask, updates))
-
-        removes = m >= _options.at_step(skip_fraction, step) * k
-        bound = None if relative_bound is None else _options.at_step(relative_bound, step)
-
-        def remove(gradient: jax.Array, update: jax.Array, leaf: ScoreLeaf) -> jax.Array:
-            removed = removed_part(
-                gradient,
-                update,
-                leaf,
-                solver=solver,
-                ridge=_options.at_step(ridge, step),
-                shrinkage=_options.at_step(shrinkage, step),
-                relative_bound=bound,
-                rtol=rtol,
-            )
-            return jnp.where(removes, removed, 0)
+        projects = _options.projected_leaves(
+            matched, mask, updates, (DenseScores, LayerFactors), (ScoreLeaf,)
+        )
 
         accumulated = jax.tree.leaves(state.acc_grads)
-        removed = [
-            remove(gradient, update, leaf) if leaf is not None and project else None
-            for gradient, (_, update, leaf), project in zip(
-                accumulated, matched, projects, strict=True
-            )
-        ]
+        bound = None if relative_bound is None else _options.at_step(relative_bound, step)
+
+        def remove() -> list[jax.Array]:
+            return [
+                removed_part(
+                    gradient,
+                    update,
+                    leaf,
+                    solver=solver,
+                    ridge=_options.at_step(ridge, step),
+                    shrinkage=_options.at_step(shrinkage, step),
+                    relative_bound=bound,
+                    rtol=rtol,
+                ).astype(accumulator_dtype)
+                if leaf is not None and project
+                else jnp.zeros_like(gradient)
+                for gradient, (_, update, leaf), project in zip(
+                    accumulated, matched, projects, strict=True
+                )
+            ]
+
+        def keep() -> list[jax.Array]:
+            return [jnp.zeros_like(gradient) for gradient in accumulated]
+
+        removes = (m > 0) & (m >= _options.at_step(skip_fraction, step) * k)
+        removed = jax.lax.cond(removes, remove, keep)
         summed = [
-            (gradient - (0 if part is None else part) + update).astype(accumulator_dtype)
+            (gradient - part + update).astype(accumulator_dtype)
             for gradient, part, (_, update, _) in zip(accumulated, removed, matched, strict=True)
         ]
-        fraction = _options.fraction([x for x in removed if x is not None], accumulated)
+        fraction = _options.fraction(removed, accumulated)
 
         skip, skip_state = _judge(should_skip_update_fn, updates, scores, step, params)
         total = _options.with_leaves(
             state.acc_grads,
             [jnp.where(skip, old, new) for old, new in zip(accumulated, summed, strict=True)],
         )
-        emits = m == k - 1
+        emits = m >= k - 1
 
         def emit(total: Any, inner_state: Any) -> tuple[Any, Any]:
             whole = jax.tree.map(lambda x: x / k, total) if use_grad_mean else total
             gradient = optax.tree.cast_like(whole, updates)
-            return inner.update(gradient, inner_state, params, **extra)
+            new_updates, new_state = inner.update(gradient, inner_state, params, **extra)
+            return new_updates, jax.tree.map(_as_typed, new_state, inner_state)
 
         def hold(total: Any, inner_state: Any) -> tuple[Any, Any]:
             shapes, _ = jax.eval_shape(emit, total, inner_state)
@@ -233,7 +254,8 @@ def has_updated(state: Any) -> jax.Array:
       () bool.
 
     Raises:
-      ValueError: the state holds no AccumulateState, or several.
+      ValueError: the state holds no AccumulateState (optax.MultiSteps has a method `has_updated` of
+        its own), or several.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -248,18 +270,24 @@ def has_updated(state: Any) -> jax.Array:
     found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
     if len(found) != 1:
         raise ValueError(f"state must hold one AccumulateState, but holds {len(found)}.")
-    return (found[0].mini_step == 0) & (found[0].gradient_step > 0)
+    return (jnp.asarray(found[0].mini_step) == 0) & (jnp.asarray(found[0].gradient_step) > 0)
 
 
-def _projected_leaves(
-    matched: list[tuple[str, jax.Array, ScoreLeaf | None]], chosen: list[bool] | None
-) -> list[bool]:
-    if chosen is None:
-        return [isinstance(leaf, (DenseScores, LayerFactors)) for _, _, leaf in matched]
-    for (path, _, leaf), project in zip(matched, chosen, strict=True):
-        if project and leaf is None:
-            raise ValueError(f"mask asks to project {path}, but its scores are None.")
-    return chosen
+def _check_state(updates: Any, acc_grads: Any) -> None:
+    """Raises a ValueError unless the state is of parameters shaped like the updates."""
+    expected = dict(jax.tree_util.tree_leaves_with_path(acc_grads))
+    given = dict(jax.tree_util.tree_leaves_with_path(updates))
+    for path in given | expected:
+        shapes = [leaves[path].shape if path in leaves else None for leaves in (given, expected)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"updates{jax.tree_util.keystr(path)} has shape {shapes[0]}, but the state is "
+                f"of parameters with shape {shapes[1]} there: init and update need one tree."
+            )
+
+
+def _as_typed(new: jax.Array, old: jax.Array) -> jax.Array:
+    return new if new.dtype == old.dtype else new.astype(old.dtype)
 
 
 def _judge(

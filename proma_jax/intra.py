@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import optax
 
 from proma_jax import _options
-from proma_jax.scores import LayerFactors, ScoreLeaf, contract, match_scores, wide
+from proma_jax.scores import LayerFactors, contract, match_scores, wide
 from proma_jax.subspace import Orthonormalization, dominant_subspace
 
 
@@ -110,7 +110,13 @@ def project_intra(
     ) -> tuple[Any, ProjectIntraState]:
         del params, extra
         matched = match_scores(updates, scores)
-        projects = _projected_leaves(matched, _options.mask_leaves(mask, updates))
+        kinds = (LayerFactors,)
+        projects = _options.projected_leaves(matched, mask, updates, kinds, kinds)
+        if matched and not any(isinstance(leaf, LayerFactors) for _, _, leaf in matched):
+            raise ValueError(
+                "scores has no LayerFactors, so there is nothing to project: take scores from "
+                "proma_jax.sequence_scores, and see proma_jax.describe_scores."
+            )
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng_key), state.step)
         factor = _options.at_step(shrinkage, state.step)
 
@@ -169,23 +175,3 @@ def _projection(
     return factors.view.invert(
         one_layer(layers, factors.tokens("inputs"), factors.tokens("output_grads"))
     )
-
-
-def _projected_leaves(
-    matched: list[tuple[str, jax.Array, ScoreLeaf | None]], chosen: list[bool] | None
-) -> list[bool]:
-    factored = [isinstance(leaf, LayerFactors) for _, _, leaf in matched]
-    for (path, _, leaf), project, possible in zip(
-        matched, chosen or factored, factored, strict=True
-    ):
-        if project and not possible:
-            raise ValueError(
-                f"mask asks to project {path}, but its scores are {type(leaf).__name__}, not "
-                "LayerFactors."
-            )
-    if matched and not any(factored):
-        raise ValueError(
-            "scores has no LayerFactors, so there is nothing to project: take scores from "
-            "proma_jax.sequence_scores, and see proma_jax.describe_scores."
-        )
-    return factored if chosen is None else chosen

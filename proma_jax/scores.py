@@ -53,9 +53,9 @@ def contract(subscripts: str, *operands: Array) -> Array:
     The product of two bfloat16 or float16 numbers is exact in float32, so operands of one narrow
     type are multiplied as they are, at the speed of that type.
     """
+    dtype = functools.reduce(jnp.promote_types, map(wide_dtype, (x.dtype for x in operands)))
     if len({x.dtype for x in operands}) > 1:
-        operands = tuple(map(wide, operands))
-    dtype = wide_dtype(operands[0].dtype)
+        operands = tuple(x.astype(dtype) for x in operands)
     highest = jax.lax.Precision.HIGHEST
     return jnp.einsum(subscripts, *operands, precision=highest, preferred_element_type=dtype)
 
@@ -505,9 +505,15 @@ def match_scores(updates: Any, scores: Any) -> list[tuple[str, Array, ScoreLeaf 
         )
     by_path = dict(jax.tree_util.tree_leaves_with_path(scores, is_leaf=_stands_for_leaf))
     update_leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_masked)
+    paths = {path for path, _ in update_leaves}
+    masked = {path for path, update in update_leaves if _is_masked(update)}
     for path in by_path:
-        if not any(path[: len(p)] == p and (p == path or _is_masked(u)) for p, u in update_leaves):
-            raise ValueError(f"scores{_name(path)} has no counterpart in updates.")
+        prefixes = (path[:i] for i in range(len(path)))
+        if path not in paths and masked.isdisjoint(prefixes):
+            raise ValueError(
+                f"scores{_name(path)} has no counterpart in updates: both must come from one tree, "
+                "with a score leaf or None for every single leaf."
+            )
     matched: list[tuple[str, Array, ScoreLeaf | None]] = []
     batch_sizes: dict[int, str] = {}
     for path, update in update_leaves:
@@ -552,6 +558,13 @@ def _checked(path: str, update: Array, leaf: Any) -> ScoreLeaf:
             f"{update.shape}: dense scores must have its shape after a leading axis b."
         )
     leaf = as_score_leaf(leaf)
+    for part in leaf.parts if isinstance(leaf, SumScores) else (leaf,):
+        shapes = {name: getattr(part, name).shape for name in part.arrays}
+        if len({s if name == "indices" else s[:-1] for name, s in shapes.items()}) > 1:
+            raise ValueError(
+                f"scores{path} ({type(part).__name__}) has {shapes}: their axes must agree, "
+                "but for a last one of features."
+            )
     if leaf.leaf_shape != update.shape:
         raise ValueError(
             f"scores{path} ({type(leaf).__name__}) are of a leaf of shape {leaf.leaf_shape}, but "

@@ -34,7 +34,8 @@ def orthonormal_basis(
     """An orthonormal basis of the span of a matrix's rows.
 
     Args:
-      rows: (r, d). Their lengths do not matter: each is first scaled to unit length.
+      rows: (r, d), for "cholesky_qr" with r ≤ d. Their lengths do not matter: each is first scaled
+        to unit length.
       method: "cholesky_qr" (four passes of matrix products and r x r factorisations, the fastest on
         accelerators), "qr" (Householder, then a singular value decomposition of the r x r factor)
         or "svd".
@@ -46,6 +47,8 @@ def orthonormal_basis(
     Returns:
       (min(r, d), d) orthonormal rows, zero where the rank is exhausted.
     """
+    if method == "cholesky_qr" and rows.shape[0] > rows.shape[1]:
+        raise ValueError(f"cholesky_qr needs at most as many rows as columns, got {rows.shape}.")
     scaled = _unit_rows(wide(rows))
     finite = jnp.all(jnp.isfinite(scaled))
     scaled = jnp.where(finite, scaled, 0)
@@ -113,7 +116,6 @@ def _right_singular_vectors(matrix: jax.Array, rtol: float) -> jax.Array:
 
 def _cholesky_qr(rows: jax.Array) -> jax.Array:
     """Shifted Cholesky QR: passes that condition and drop rows, one that orthonormalises."""
-    rows = rows[: rows.shape[1]]
     for least_length in (0.01, 0.5, 0.5):
         conditioned = _conditioned(rows)
         lengths = jnp.linalg.norm(conditioned, axis=1, keepdims=True)

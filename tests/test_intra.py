@@ -290,7 +290,7 @@ def as_numpy(leaf):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank=0 must be a Python int of at least 1"),
+        ({"rank": 0}, "rank=0 must be a static int of at least 1"),
         ({"rank": True}, "rank=True"),
         ({"rank": jnp.int32(3)}, "static_args"),
         ({"power_iterations": 0}, "power_iterations=0"),

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from proma_jax.subspace import dominant_subspace, orthonormal_basis
@@ -49,6 +49,7 @@ def projector(basis):
 def test_bases_are_orthonormal_and_span_the_rows(
     seed, shape, rank, condition, method, scale, duplicates
 ):
+    assume(method != "cholesky_qr" or shape[0] <= shape[1])
     rng = np.random.default_rng(seed)
     r, d = shape
     rows = matrix(rng, r, d, round(rank * min(r, d)), condition)
@@ -115,6 +116,11 @@ def test_a_rank_beyond_the_matrix_gives_its_whole_row_space(method):
     np.testing.assert_allclose(np.float64(rows) @ projector(basis), rows, atol=1e-5)
     nothing = subspace_of(jnp.zeros((5, 4)), 2, KEY, orthonormalization=method)
     chex.assert_trees_all_equal(nothing, jnp.zeros((2, 4)))
+
+
+def test_more_rows_than_columns_are_refused_by_cholesky_qr():
+    with pytest.raises(ValueError, match=r"cholesky_qr needs at most.*\(3, 2\)"):
+        basis_of(jnp.ones((3, 2)), "cholesky_qr")
 
 
 def test_neither_the_order_of_tokens_nor_padding_change_the_subspace():

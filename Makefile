@@ -73,7 +73,7 @@ lock: $(UV)  ## resolve uv.lock anew
 	@$(UV) lock --upgrade
 
 clean:  ## remove what make has made, save the experiments' results
-	rm -rf .uv .venv* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .uv .venv* .cache build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(UV):

@@ -358,6 +358,7 @@ COMPOSED = [
     "bfloat16_parameters",
     "cond",
     "convolution",
+    "jit_returns_its_parameter",
     "kernel_batched_in_the_middle",
     "kernel_cast",
     "kernel_used_both_ways",

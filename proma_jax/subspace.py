@@ -36,13 +36,12 @@ def orthonormal_basis(
     Args:
       rows: (r, d), for "cholesky_qr" with r ≤ d. Their lengths do not matter: each is first scaled
         to unit length.
-      method: "cholesky_qr" (four passes of matrix products and r x r factorisations, the fastest on
+      method: "cholesky_qr" (five passes of matrix products and r x r factorisations, the fastest on
         accelerators), "qr" (Householder, then a singular value decomposition of the r x r factor)
         or "svd".
       rtol: "qr" and "svd" leave out directions below `rtol` times the largest singular value.
         Default: 4e-6, about 32 float32 epsilons. "cholesky_qr" has a fixed and coarser measure: it
-        leaves out a row whose distance from the span of those before it is below about
-        sqrt(r epsilon), 1e-3 for r = 10.
+        may leave out a row whose distance from the span of the others is below about 1e-3.
 
     Returns:
       (min(r, d), d) orthonormal rows, zero where the rank is exhausted.
@@ -116,7 +115,7 @@ def _right_singular_vectors(matrix: jax.Array, rtol: float) -> jax.Array:
 
 def _cholesky_qr(rows: jax.Array) -> jax.Array:
     """Shifted Cholesky QR: passes that condition and drop rows, one that orthonormalises."""
-    for least_length in (0.01, 0.5, 0.5):
+    for least_length in (0.01, 0.1, 0.5, 0.5):
         conditioned = _conditioned(rows)
         lengths = jnp.linalg.norm(conditioned, axis=1, keepdims=True)
         independent = lengths > least_length

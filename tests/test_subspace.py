@@ -61,7 +61,7 @@ def test_bases_are_orthonormal_and_span_the_rows(
     assert_orthonormal_or_zero(basis)
     unit = oracles.unit_rows(rows)
     missed = np.linalg.norm(unit - unit @ projector(basis), axis=1)
-    assert missed.max(initial=0) < (5e-3 if method == "cholesky_qr" else 5e-5)
+    assert missed.max(initial=0) < (2e-3 if method == "cholesky_qr" else 5e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from proma_jax.projection import layer_norms
-from proma_jax.scores import ScoreLeaf
+from proma_jax.scores import ScoreLeaf, divide
 
 Number = ArrayLike | Callable[[jax.Array], ArrayLike]
 Mask = Any | Callable[[Any], Any]
@@ -109,8 +109,7 @@ def fraction(removed: Sequence[jax.Array], whole: Sequence[jax.Array]) -> jax.Ar
         norms = [layer_norms(array).astype(jnp.float32) for array in arrays]
         return layer_norms(jnp.stack(norms)) if norms else jnp.zeros((), jnp.float32)
 
-    total = norm(whole)
-    return norm(removed) / jnp.where(total == 0, 1, total)
+    return divide(norm(removed), norm(whole))
 
 
 def with_leaves(tree: Any, leaves: Sequence[jax.Array]) -> Any:

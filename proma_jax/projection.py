@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from proma_jax.scores import ScoreLeaf, contract, map_layers, wide
+from proma_jax.scores import ScoreLeaf, contract, divide, map_layers, wide
 from proma_jax.subspace import orthonormal_basis
 
 Solver = Literal["ridge", "qr", "svd"]
@@ -80,7 +80,7 @@ def layer_norms(layers: jax.Array, num_layer_axes: int = 0) -> jax.Array:
     layers = wide(layers)
     axes = tuple(range(num_layer_axes, layers.ndim))
     size = jnp.max(jnp.abs(layers), axis=axes, keepdims=True, initial=0)
-    moderate = layers / jnp.where(size == 0, 1, size)
+    moderate = divide(layers, size)
     return jnp.squeeze(size, axes) * _sqrt(jnp.sum(moderate**2, axis=axes))
 
 

@@ -177,7 +177,7 @@ class ScoreLeaf:
         return array * _per_sequence(factor, array)
 
 
-def _divide(x: Array, by: Array) -> Array:
+def divide(x: Array, by: Array) -> Array:
     """Quotient x / by, and x where by is zero."""
     return x / jnp.where(by == 0, 1, by)
 
@@ -228,7 +228,7 @@ class DenseScores(ScoreLeaf):
 
     def rescaled(self) -> tuple[DenseScores, Array]:
         size = self._max_abs("values")
-        scaled = self._scale("values", _divide(jnp.ones_like(size), size))
+        scaled = self._scale("values", divide(jnp.ones_like(size), size))
         return dataclasses.replace(self, values=scaled), size
 
     def times(self, factor: Array) -> DenseScores:
@@ -304,8 +304,8 @@ class LayerFactors(ScoreLeaf):
         x_size, d_size = self._max_abs("inputs"), self._max_abs("output_grads")
         scaled = dataclasses.replace(
             self,
-            inputs=self._scale("inputs", _divide(jnp.ones_like(x_size), x_size)),
-            output_grads=self._scale("output_grads", _divide(jnp.ones_like(d_size), d_size)),
+            inputs=self._scale("inputs", divide(jnp.ones_like(x_size), x_size)),
+            output_grads=self._scale("output_grads", divide(jnp.ones_like(d_size), d_size)),
         )
         return scaled, x_size * d_size
 
@@ -375,7 +375,7 @@ class LookupFactors(ScoreLeaf):
 
     def rescaled(self) -> tuple[LookupFactors, Array]:
         size = self._max_abs("output_grads")
-        return self.times(_divide(jnp.ones_like(size), size)), size
+        return self.times(divide(jnp.ones_like(size), size)), size
 
     def times(self, factor: Array) -> LookupFactors:
         return dataclasses.replace(self, output_grads=self._scale("output_grads", factor))
@@ -426,7 +426,7 @@ class SumScores(ScoreLeaf):
         parts, sizes = zip(*(part.rescaled() for part in self.parts), strict=True)
         size = functools.reduce(jnp.maximum, sizes)
         parts = tuple(
-            part.times(_divide(part_size, size))
+            part.times(divide(part_size, size))
             for part, part_size in zip(parts, sizes, strict=True)
         )
         return SumScores(parts), size

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from proma_jax.scores import contract, wide, wide_dtype
+from proma_jax.scores import contract, divide, wide, wide_dtype
 
 Orthonormalization = Literal["cholesky_qr", "qr", "svd"]
 
@@ -103,9 +103,9 @@ def dominant_subspace(
 def _unit_rows(rows: jax.Array) -> jax.Array:
     """Rows of unit length at any scale; zero rows stay zero."""
     size = jnp.max(jnp.abs(rows), axis=1, keepdims=True, initial=0)
-    moderate = rows / jnp.where(size == 0, 1, size)
+    moderate = divide(rows, size)
     norms = jnp.linalg.norm(moderate, axis=1, keepdims=True)
-    return moderate / jnp.where(norms == 0, 1, norms)
+    return divide(moderate, norms)
 
 
 def _right_singular_vectors(matrix: jax.Array, rtol: float) -> jax.Array:

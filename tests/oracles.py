@@ -1,6 +1,14 @@
 """Float64 NumPy versions of both transformations that form every matrix, one layer at a time."""
 
+import jax
 import numpy as np
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """Relative to each leaf's norm."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = np.float64(a), np.float64(e)
+        assert np.linalg.norm(a - e) <= tolerance * max(np.linalg.norm(e), 1e-300)
 
 
 def score(inputs, output_grads):

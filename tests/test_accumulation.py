@@ -17,6 +17,7 @@ import proma_jax as proma
 from proma_jax import _jaxpr
 from proma_jax.scores import is_score_leaf
 from tests import models, oracles
+from tests.oracles import assert_close
 
 SHAPES = {"kernel": (5, 4), "bias": (4,), "stack": (2, 3, 3)}
 KEEP = optax.identity()
@@ -69,13 +70,6 @@ def expected_gradient(steps, **options):
     stack = [oracles.accumulate(*layers("stack", layer(i)), **options) for i in range(2)]
     plain = sum(np.float64(grads["plain"]) for grads, _ in steps)
     return expected | {"stack": np.stack(stack), "plain": plain}
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    """Relative to each leaf's norm."""
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        a, e = np.float64(a), np.float64(e)
-        assert np.linalg.norm(a - e) <= tolerance * max(np.linalg.norm(e), 1e-300)
 
 
 @given(

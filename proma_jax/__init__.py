@@ -1,18 +1,23 @@
 """Proximal policy updates for JAX without a reference policy: PROMA as optax transformations."""
 
 from proma_jax import policy_gradient
-from proma_jax.accumulation import AccumulateState, accumulate, has_updated
+from proma_jax.accumulation import AccumulateState, Accumulation, accumulate, has_updated
 from proma_jax.capture import check_scores, describe_scores, sequence_scores
-from proma_jax.intra import ProjectIntraState, project_intra
+from proma_jax.fused import GradientMetrics, accumulated_gradient
+from proma_jax.intra import Intra, ProjectIntraState, project_intra
 from proma_jax.scores import DenseScores, LayerFactors, LookupFactors, weighted_sum
 
 __all__ = [
     "AccumulateState",
+    "Accumulation",
     "DenseScores",
+    "GradientMetrics",
+    "Intra",
     "LayerFactors",
     "LookupFactors",
     "ProjectIntraState",
     "accumulate",
+    "accumulated_gradient",
     "check_scores",
     "describe_scores",
     "has_updated",

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from proma_jax.projection import layer_norms
-from proma_jax.scores import ScoreLeaf, divide
+from proma_jax.scores import divide
 
 Number = ArrayLike | Callable[[jax.Array], ArrayLike]
 Mask = Any | Callable[[Any], Any]
@@ -41,13 +41,13 @@ def check_number(name: str, value: Any, least: float, most: float = float("inf")
         )
 
 
-def at_step(number: Number, step: jax.Array) -> ArrayLike:
+def at_step(number: Any, step: jax.Array) -> Any:
     """The value of a number, or of a schedule at a step."""
     return number(step) if callable(number) else number
 
 
 def projected_leaves(
-    matched: Sequence[tuple[str, jax.Array, ScoreLeaf | None]],
+    kinds: Sequence[tuple[str, type]],
     mask: Mask,
     updates: Any,
     by_default: tuple[type, ...],
@@ -56,7 +56,7 @@ def projected_leaves(
     """Whether each leaf of `updates` is to be projected.
 
     Args:
-      matched: (path, update, scores) of each leaf.
+      kinds: path of each leaf and the type of its scores.
       mask: as in `_mask_leaves`, or None.
       updates: pytree of arrays.
       by_default: kinds of scores that are projected without a mask.
@@ -66,14 +66,14 @@ def projected_leaves(
       ValueError: the mask does not fit, or asks for a leaf whose scores are of another kind.
     """
     if mask is None:
-        return [isinstance(leaf, by_default) for _, _, leaf in matched]
+        return [issubclass(kind, by_default) for _, kind in kinds]
     chosen = _mask_leaves(mask, updates)
-    for (path, _, leaf), project in zip(matched, chosen, strict=True):
-        if project and not isinstance(leaf, possible):
-            kind = "None" if leaf is None else type(leaf).__name__
+    for (path, kind), project in zip(kinds, chosen, strict=True):
+        if project and not issubclass(kind, possible):
+            name = "None" if kind is type(None) else kind.__name__
             needed = " or ".join(sorted(kind.__name__ for kind in possible))
             raise ValueError(
-                f"mask asks to project {path}, but its scores are {kind}, not {needed}."
+                f"mask asks to project {path}, but its scores are {name}, not {needed}."
             )
     return chosen
 

@@ -34,17 +34,68 @@ Example:
   True True
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from proma_jax import _options
 from proma_jax.projection import Solver, removed_part
 from proma_jax.scores import DenseScores, LayerFactors, ScoreLeaf, match_scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Accumulation:
+    """Settings of the accumulation variant, as the arguments of `accumulate`.
+
+    Attributes:
+      solver: see `accumulate`; the same holds for the others.
+      ridge: if it is a function, of the number of optimizer steps so far; so are the other numbers.
+      shrinkage: fraction of the projection that is removed.
+      relative_bound: of the removed part's length to that of the microbatch's gradient.
+      skip_fraction: of the microbatches, at the beginning of a step, that remove nothing.
+      rtol: of the solvers "qr" and "svd".
+      mask: which leaves are projected.
+    """
+
+    solver: Solver = "ridge"
+    ridge: _options.Number = 1e-2
+    shrinkage: _options.Number = 1.0
+    relative_bound: _options.Number | None = None
+    skip_fraction: _options.Number = 0.0
+    rtol: float = 1e-6
+    mask: _options.Mask = None
+
+    def __post_init__(self) -> None:
+        _options.check_choice("solver", self.solver, get_args(Solver))
+        _options.check_number("ridge", self.ridge, 0)
+        _options.check_number("shrinkage", self.shrinkage, 0, 1)
+        _options.check_number("skip_fraction", self.skip_fraction, 0, 1)
+        _options.check_number("rtol", self.rtol, 0, 1)
+        if self.relative_bound is not None:
+            _options.check_number("relative_bound", self.relative_bound, 0)
+
+    def projects(self, kinds: Sequence[tuple[str, type]], updates: Any) -> list[bool]:
+        """Which leaves are projected, given the path and the kind of scores of each."""
+        by_default = (DenseScores, LayerFactors)
+        return _options.projected_leaves(kinds, self.mask, updates, by_default, (ScoreLeaf,))
+
+    def at_step(self, step: jax.Array) -> dict[str, Any]:
+        """The numbers of `removed_part` at an optimizer step."""
+        numbers = {
+            "ridge": self.ridge,
+            "shrinkage": self.shrinkage,
+            "relative_bound": self.relative_bound,
+        }
+        return {name: _options.at_step(number, step) for name, number in numbers.items()}
+
+    def removes(self, m: jax.Array, k: ArrayLike, step: jax.Array) -> jax.Array:
+        """Whether microbatch m of the k of an optimizer step removes anything."""
+        return (m > 0) & (m >= _options.at_step(self.skip_fraction, step) * k)
 
 
 class AccumulateState(NamedTuple):
@@ -140,15 +191,9 @@ def accumulate(
         )
     if not callable(every_k_schedule):
         _options.check_count("every_k_schedule", every_k_schedule)
-    _options.check_choice("solver", solver, get_args(Solver))
-    _options.check_number("ridge", ridge, 0)
-    _options.check_number("shrinkage", shrinkage, 0, 1)
-    _options.check_number("skip_fraction", skip_fraction, 0, 1)
-    _options.check_number("rtol", rtol, 0, 1)
+    options = Accumulation(solver, ridge, shrinkage, relative_bound, skip_fraction, rtol, mask)
     if accumulator_dtype is None or not jnp.issubdtype(accumulator_dtype, jnp.floating):
         raise ValueError(f"{accumulator_dtype=} must be a floating point type, like 'float32'.")
-    if relative_bound is not None:
-        _options.check_number("relative_bound", relative_bound, 0)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> AccumulateState:
@@ -175,37 +220,27 @@ def accumulate(
         matched = match_scores(updates, scores)
         step, m = state.gradient_step, state.mini_step
         k = _options.at_step(every_k_schedule, step)
-        projects = _options.projected_leaves(
-            matched, mask, updates, (DenseScores, LayerFactors), (ScoreLeaf,)
-        )
+        projects = options.projects([(path, type(leaf)) for path, _, leaf in matched], updates)
+        accumulated, numbers = jax.tree.leaves(state.acc_grads), options.at_step(step)
+        removes = options.removes(m, k, step)
 
-        accumulated = jax.tree.leaves(state.acc_grads)
-        bound = None if relative_bound is None else _options.at_step(relative_bound, step)
+        def removed_from(gradient: jax.Array, update: jax.Array, leaf: ScoreLeaf) -> jax.Array:
+            leaf = leaf.compact()  # outside of the branch: `weighted_sum` has made it already
 
-        def remove() -> list[jax.Array]:
-            return [
-                removed_part(
-                    gradient,
-                    update,
-                    leaf,
-                    solver=solver,
-                    ridge=_options.at_step(ridge, step),
-                    shrinkage=_options.at_step(shrinkage, step),
-                    relative_bound=bound,
-                    rtol=rtol,
-                ).astype(accumulator_dtype)
-                if leaf is not None and project
-                else jnp.zeros_like(gradient)
-                for gradient, (_, update, leaf), project in zip(
-                    accumulated, matched, projects, strict=True
-                )
-            ]
+            def remove() -> jax.Array:
+                part = removed_part(gradient, update, leaf, solver=solver, rtol=rtol, **numbers)
+                return part.astype(accumulator_dtype)
 
-        def keep() -> list[jax.Array]:
-            return [jnp.zeros_like(gradient) for gradient in accumulated]
+            return jax.lax.cond(removes, remove, lambda: jnp.zeros_like(gradient))
 
-        removes = (m > 0) & (m >= _options.at_step(skip_fraction, step) * k)
-        removed = jax.lax.cond(removes, remove, keep)
+        removed = [
+            removed_from(gradient, update, leaf)
+            if leaf is not None and project
+            else jnp.zeros_like(gradient)
+            for gradient, (_, update, leaf), project in zip(
+                accumulated, matched, projects, strict=True
+            )
+        ]
         summed = [
             (gradient - part + update).astype(accumulator_dtype)
             for gradient, part, (_, update, _) in zip(accumulated, removed, matched, strict=True)

@@ -30,6 +30,7 @@ Example:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -54,6 +55,8 @@ from proma_jax.scores import (
 Array = jax.Array
 Path = tuple[int, ...]
 """Where an equation is: its number in the program, in the program inside that equation, ..."""
+Visit = Callable[[Path, Array, dict[Path, Any]], tuple[Array, dict[Path, Any]]]
+"""See `Program.run`."""
 
 
 def sequence_scores(
@@ -90,11 +93,11 @@ def sequence_scores(
     """
 
     def per_sequence(params: Any, sequence: Any) -> tuple[Any, Any]:
-        program = _trace(logprob_fn, params, sequence, has_aux)
+        program = trace(logprob_fn, params, sequence, has_aux)
         return program.value_and_scores(params, sequence)
 
     def scores_fn(params: Any, microbatch: Any) -> tuple[Any, Any]:
-        _check_parameters(params)
+        check_parameters(params)
         _check_microbatch(microbatch)
         return jax.vmap(per_sequence, (None, 0), spmd_axis_name=spmd_axis_name)(params, microbatch)
 
@@ -118,8 +121,8 @@ def describe_scores(
     Raises:
       ValueError: as `sequence_scores`.
     """
-    _check_parameters(params)
-    program = _trace(logprob_fn, params, sequence, has_aux)
+    check_parameters(params)
+    program = trace(logprob_fn, params, sequence, has_aux)
     rows = [("leaf", "shape", "scores", "why")]
     for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         name = jax.tree_util.keystr(path) or "(root)"
@@ -201,7 +204,8 @@ def check_scores(
     return errors
 
 
-def _check_parameters(params: Any) -> None:
+def check_parameters(params: Any) -> None:
+    """Raises a ValueError unless every parameter is floating point."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -227,13 +231,13 @@ def _check_microbatch(microbatch: Any) -> None:
 
 
 @jax.custom_vjp
-def _report(data: Array, probe: Array) -> Array:
+def report(data: Array, probe: Array) -> Array:
     """`data`, which the backward pass also returns as the probe's gradient."""
     del probe
     return data
 
 
-_report.defvjp(lambda data, probe: (data, data), lambda data, grad: (grad, data))
+report.defvjp(lambda data, probe: (data, data), lambda data, grad: (grad, data))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +269,7 @@ class _Origin:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Use:
+class Use:
     """A matmul with, or lookup in, a parameter.
 
     Attributes:
@@ -298,6 +302,21 @@ class _Use:
         data_probe = _jaxpr.zeros(data, lengths, dtype) if with_data else None
         return data_probe, _jaxpr.zeros(self.eqn.outvars[0], lengths)
 
+    @property
+    def num_stacks(self) -> int:
+        """How many of the enclosing scans run over the parameter."""
+        return sum(is_layer for _, is_layer in self.scans)
+
+    def reads_like(self, other: Use) -> bool:
+        """Whether two matmuls with the same input also read it alike."""
+        a, b = self.operation, other.operation
+        return (
+            isinstance(a, _jaxpr.Matmul)
+            and isinstance(b, _jaxpr.Matmul)
+            and a.input_axes == b.input_axes
+            and self.scans == other.scans
+        )
+
     def zero_factors(self) -> tuple[Array, Array]:
         data, output_grads = self.probes()
         assert data is not None
@@ -306,9 +325,11 @@ class _Use:
     def tapped(self, kernel: Array, data: Array, probes: tuple[Array | None, Array]) -> Array:
         """The equation's result, whose gradient becomes that of the second probe.
 
-        A lookup's indices become the gradient of the first probe; a matmul's inputs are reported by
-        `_report`, since several matmuls may share them and any of them may have no gradient.
+        A lookup's indices become the gradient of the first probe, if there is one; a matmul's
+        inputs are reported by `report`, since several matmuls may share them and any of them may
+        have no gradient.
         """
+        data_probe, _ = probes
 
         def forward(kernel: Array, data: Array) -> Array:
             operands = (data, kernel) if self.data == 0 else (kernel, data)
@@ -327,7 +348,7 @@ class _Use:
             if isinstance(self.operation, _jaxpr.Lookup):
                 indices = residual.astype(jnp.float32)  # exact where they are in bounds
                 indices = jnp.clip(indices, -1, self.operation.num_embeddings)
-                return None, None, (indices, output_grad)
+                return None, None, (None if data_probe is None else indices, output_grad)
             aval = self.eqn.invars[self.data].aval
             like = jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding)
             data_grad = jax.linear_transpose(lambda data: forward(residual, data), like)(
@@ -372,7 +393,7 @@ class _Search:
     """Finds every use of every parameter in a traced program."""
 
     def __init__(self) -> None:
-        self.uses: dict[Path, _Use] = {}
+        self.uses: dict[Path, Use] = {}
         self.lost: dict[int, str] = {}
         self.stacks: dict[int, set[tuple[View, int]]] = defaultdict(set)
 
@@ -461,7 +482,7 @@ class _Search:
             return False
         depths = {stack.depth for stack in origin.stacks}
         self._note_stacks(origin)
-        self.uses[path] = _Use(
+        self.uses[path] = Use(
             eqn=eqn,
             operation=operation,
             leaf=origin.leaf,
@@ -511,7 +532,7 @@ class _Search:
         return [*carry, *map(stack_of, results[num_carry:])]
 
 
-class _Program:
+class Program:
     """A traced `logprob_fn` and what is known of each parameter's uses in it."""
 
     def __init__(self, closed: Any, out_tree: Any, num_params: int) -> None:
@@ -544,6 +565,9 @@ class _Program:
         self.scopes = {path[:i] for path in self.taps for i in range(len(path))}
         self.dense = [i for i in range(num_params) if i not in self.groups]
         self.reporter = self._reporters()
+        self.members: dict[Path, list[Path]] = defaultdict(list)
+        for path, first in sorted(self.reporter.items()):
+            self.members[first].append(path)
 
     def _reporters(self) -> dict[Path, Path]:
         """For each tap, the tap that reports its input: a matmul's first with the same operand."""
@@ -565,25 +589,51 @@ class _Program:
             values = list(leaves)
             for i, value in zip(self.dense, dense, strict=True):
                 values[i] = value
-            outputs = self._run(self.jaxpr, self.consts, (), probes, [*values, *data])
-            return outputs[0], jax.tree.unflatten(self.out_tree, outputs)
+            return self.run([*values, *data], probes, self.reported)
 
         differentiate = jax.grad(run, argnums=(0, 1), has_aux=True)
         (gradients, taps), outputs = differentiate([leaves[i] for i in self.dense], probes)
         scores: list[ScoreLeaf] = [
-            self._dense_leaf(i, gradients.pop(0))
+            self.dense_leaf(i, gradients.pop(0))
             if i in self.dense
-            else self._leaf(i, taps, leaf.dtype)
+            else self.leaf(i, taps, leaf.dtype)
             for i, leaf in enumerate(leaves)
         ]
         return outputs, jax.tree.unflatten(treedef, scores)
 
+    def reported(
+        self, first: Path, data: Array, probes: dict[Path, Any]
+    ) -> tuple[Array, dict[Path, tuple[Array | None, Array]]]:
+        """Reports what a group of taps reads; the probes of each are its own."""
+        if self.taps[first].is_lookup:
+            return data, {first: probes[first]}
+        reporting = report(jnp.asarray(data), probes[first][0])
+        return reporting, {path: (None, probes[path][1]) for path in self.members[first]}
+
+    def run(self, arguments: Sequence[Any], extra: dict[Path, Any], visit: Visit) -> Any:
+        """The outputs for one sequence, from a program with its taps: (log-probability, all).
+
+        Args:
+          arguments: leaves of the parameters and of the sequence.
+          extra: a pytree for each of some taps, with the lengths of the enclosing scans in front.
+          visit: called where the first of the taps that share an operand is met, with its path,
+            that operand, and the slices of `extra` in this place; returns the operand and the
+            probes of each of these taps.
+        """
+        outputs = self._run(self.jaxpr, self.consts, (), extra, arguments, visit)
+        return outputs[0], jax.tree.unflatten(self.out_tree, outputs)
+
     def _run(
-        self, jaxpr: core.Jaxpr, consts: Sequence[Any], path: Path, probes: Any, args: Sequence[Any]
+        self,
+        jaxpr: core.Jaxpr,
+        consts: Sequence[Any],
+        path: Path,
+        extra: dict[Path, Any],
+        args: Sequence[Any],
+        visit: Visit,
     ) -> list[Any]:
-        """Evaluates a program with its taps."""
         values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-        reported: dict[Path, Array] = {}
+        visited: dict[Path, Any] = {}
 
         def read(atom: Any) -> Any:
             return values[atom] if isinstance(atom, core.Var) else atom.val
@@ -591,33 +641,64 @@ class _Program:
         for number, eqn in enumerate(jaxpr.eqns):
             here, operands = (*path, number), [read(atom) for atom in eqn.invars]
             if here in self.taps:
-                use, (data_probe, result_probe) = self.taps[here], probes[here]
-                kernel, data = operands[1 - use.data], operands[use.data]
-                if not use.is_lookup:
-                    if data_probe is not None:
-                        reported[here] = _report(jnp.asarray(data), data_probe)
-                    data, data_probe = reported[self.reporter[here]], None
-                results = [use.tapped(kernel, data, (data_probe, result_probe))]
+                use, first = self.taps[here], self.reporter[here]
+                if here == first:
+                    visited[here] = visit(here, operands[use.data], extra)
+                data, probes = visited[first]
+                results = [use.tapped(operands[1 - use.data], data, probes[here])]
             elif here in self.scopes:
-                results = self._run_inside(eqn, here, probes, operands)
+                results = self._run_inside(eqn, here, extra, operands, visit)
             else:
                 results = _jaxpr.evaluate(eqn, *operands)
             values.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     def _run_inside(
-        self, eqn: core.JaxprEqn, path: Path, probes: Any, operands: list[Any]
+        self,
+        eqn: core.JaxprEqn,
+        path: Path,
+        extra: dict[Path, Any],
+        operands: list[Any],
+        visit: Visit,
     ) -> list[Any]:
         inner = _jaxpr.body(eqn)
         assert inner is not None
-        within = {p: probe for p, probe in probes.items() if p[: len(path)] == path}
+        within = {p: x for p, x in extra.items() if p[: len(path)] == path}
 
         def fn(within: Any, *args: Any) -> list[Any]:
-            return self._run(inner.jaxpr, inner.consts, path, within, args)
+            return self._run(inner.jaxpr, inner.consts, path, within, args, visit)
 
         return _jaxpr.rebuild(inner, fn)(within, *operands)
 
-    def _leaf(self, leaf: int, taps: dict[Path, tuple[Array, Array]], dtype: Any) -> ScoreLeaf:
+    def paths(self, leaf: int) -> list[Path]:
+        """Where the taps of a parameter leaf are."""
+        return [path for group in self.groups.get(leaf, []) for path in group]
+
+    def kind(self, leaf: int) -> type[ScoreLeaf]:
+        """The type of a leaf's scores."""
+        if leaf in self.dense:
+            return DenseScores
+        kinds = [
+            LookupFactors if self.taps[g[0]].is_lookup else LayerFactors for g in self.groups[leaf]
+        ]
+        return kinds[0] if len(kinds) == 1 else SumScores
+
+    def view(self, leaf: int) -> View:
+        """How a leaf is read in the layout of its scores."""
+        if leaf in self.dense:
+            return self._layers_of(leaf)[0]
+        groups = self.groups[leaf]
+        return self.taps[groups[0][0]].view if len(groups) == 1 else View()
+
+    def factor_sizes(self, leaf: int) -> tuple[int, int, int, Any]:
+        """Tokens of a sequence, d_in, d_out and the inputs' type, of a leaf with factors."""
+        shapes = [jax.eval_shape(self.taps[path].zero_factors) for path in self.paths(leaf)]
+        (inputs, output_grads), *_ = shapes
+        tokens = sum(grads.shape[-2] for _, grads in shapes)
+        return tokens, inputs.shape[-1], output_grads.shape[-1], inputs.dtype
+
+    def leaf(self, leaf: int, taps: dict[Path, tuple[Array, Array]], dtype: Any) -> ScoreLeaf:
+        """A leaf's scores for one sequence, from the gradients of its probes."""
         parts: list[DenseScores | LayerFactors | LookupFactors] = []
         for paths in self.groups[leaf]:
             first = self.taps[paths[0]]
@@ -629,10 +710,20 @@ class _Program:
                 rows = first.operation.num_embeddings
                 parts.append(LookupFactors(_join(data, axis=-1), output_grads, rows, **common))
             else:
-                parts.append(LayerFactors(_join(data, axis=-2), output_grads, **common))
+                in_loss = _join([self._in_loss(p, taps) for p in paths], axis=-1)
+                inputs = _join(data, axis=-2)
+                parts.append(LayerFactors(inputs, output_grads, in_loss=in_loss, **common))
         return parts[0] if len(parts) == 1 else SumScores(tuple(parts))
 
-    def _dense_leaf(self, leaf: int, gradient: Array) -> DenseScores:
+    def _in_loss(self, path: Path, taps: dict[Path, tuple[Array, Array]]) -> Array:
+        """(*layers, tokens) bool: where any kernel that shares the input has a gradient."""
+        members = self.members[self.reporter[path]]
+        alike = [p for p in members if self.taps[p].reads_like(self.taps[path])]
+        grads = [self.taps[p].factors(taps[self.reporter[p]][0], taps[p][1])[1] for p in alike]
+        return any_nonzero(grads)
+
+    def dense_leaf(self, leaf: int, gradient: Array) -> DenseScores:
+        """A dense leaf's scores for one sequence."""
         view, num_layer_axes = self._layers_of(leaf)
         return DenseScores(view.apply(gradient), num_layer_axes, view, gradient.dtype)
 
@@ -665,6 +756,11 @@ class _Program:
         return " + ".join(kinds), "; ".join(whys)
 
 
+def any_nonzero(arrays: Sequence[Array]) -> Array:
+    """Whether any of several (..., d) arrays of one shape but for d has a nonzero row, (...)."""
+    return functools.reduce(jnp.logical_or, [jnp.any(x != 0, axis=-1) for x in arrays])
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
@@ -673,7 +769,12 @@ def _join(arrays: Sequence[Array], axis: int) -> Array:
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis)
 
 
-def _trace(logprob_fn: Callable[..., Any], params: Any, sequence: Any, has_aux: bool) -> _Program:
+def trace(logprob_fn: Callable[..., Any], params: Any, sequence: Any, has_aux: bool) -> Program:
+    """Traces `logprob_fn` and finds the uses of each parameter.
+
+    Raises:
+      ValueError: it does not return what `sequence_scores` needs.
+    """
     closed, shapes = jax.make_jaxpr(logprob_fn, return_shape=True)(params, sequence)
     if has_aux and not (isinstance(shapes, tuple) and len(shapes) == 2):
         raise ValueError(
@@ -685,4 +786,4 @@ def _trace(logprob_fn: Callable[..., Any], params: Any, sequence: Any, has_aux: 
             f"logprob_fn must return a floating point scalar for one sequence, got {value}. Sum "
             "the log-probabilities of the response tokens; other outputs need has_aux=True."
         )
-    return _Program(closed, jax.tree.structure(shapes), len(jax.tree.leaves(params)))
+    return Program(closed, jax.tree.structure(shapes), len(jax.tree.leaves(params)))

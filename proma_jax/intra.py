@@ -24,6 +24,12 @@ Example:
   True
 """
 
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -32,7 +38,138 @@ import optax
 
 from proma_jax import _options
 from proma_jax.scores import LayerFactors, contract, match_scores, wide
-from proma_jax.subspace import Orthonormalization, dominant_subspace
+from proma_jax.subspace import (
+    Orthonormalization,
+    dominant_directions,
+    orthonormal_basis,
+    random_start,
+)
+
+Start = Callable[[int, int, Any], jax.Array]
+"""(rank, dimension, dtype) to the directions from which bases of that shape start."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Intra:
+    """Settings of the intra-microbatch variant, as the arguments of `project_intra`.
+
+    Attributes:
+      rank: see `project_intra`; the same holds for the others.
+      shrinkage: if it is a function, of the number of microbatches so far.
+      power_iterations: of the subspace iteration.
+      orthonormalization: of the bases.
+      mask: which leaves are projected.
+      seed: of the random starts of the bases.
+    """
+
+    rank: int = 10
+    shrinkage: _options.Number = 1.0
+    power_iterations: int = 2
+    orthonormalization: Orthonormalization = "cholesky_qr"
+    mask: _options.Mask = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _options.check_count("rank", self.rank)
+        _options.check_count("power_iterations", self.power_iterations)
+        choices = get_args(Orthonormalization)
+        _options.check_choice("orthonormalization", self.orthonormalization, choices)
+        _options.check_number("shrinkage", self.shrinkage, 0, 1)
+
+    def projects(self, kinds: Sequence[tuple[str, type]], updates: Any) -> list[bool]:
+        """Which leaves are projected, given the path and the kind of scores of each."""
+        projects = _options.projected_leaves(
+            kinds, self.mask, updates, (LayerFactors,), (LayerFactors,)
+        )
+        if kinds and not any(issubclass(kind, LayerFactors) for _, kind in kinds):
+            raise ValueError(
+                "scores has no LayerFactors, so there is nothing to project: take scores from "
+                "proma_jax.sequence_scores, and see proma_jax.describe_scores."
+            )
+        return projects
+
+    def start(self, key: jax.Array, step: jax.Array) -> Start:
+        """Where the bases of a microbatch start: the same for all layers of one width."""
+        return functools.cache(functools.partial(random_start, jax.random.fold_in(key, step)))
+
+    def rank_in(self, num_tokens: int, d_in: int, d_out: int) -> int:
+        """The rank of a layer's subspaces, for a microbatch of so many tokens."""
+        return min(self.rank, num_tokens, d_in, d_out)
+
+    def rank_of(self, factors: LayerFactors) -> int:
+        """The rank of the subspaces of a layer with these factors."""
+        num_tokens = math.prod(factors.tokens_in_loss().shape[-2:])
+        return self.rank_in(num_tokens, factors.inputs.shape[-1], factors.output_grads.shape[-1])
+
+    def directions(
+        self, factors: Sequence[LayerFactors], start: Start
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """What spans the dominant subspaces of each leaf's inputs and output gradients.
+
+        Args:
+          factors: of each leaf. Leaves with one array of inputs share its directions.
+          start: of the subspace iteration.
+
+        Returns:
+          For each leaf (*layers, r, d_in) and (*layers, r, d_out), rows of unit length, or zero.
+        """
+        matrices: dict[Any, tuple[jax.Array, jax.Array | None]] = {}
+        keys: list[tuple[Any, Any]] = []
+        for leaf in factors:
+            rank, d_out = self.rank_of(leaf), leaf.output_grads.shape[-1]
+            of_inputs = rank, leaf.inputs.shape[-1], leaf.layer_shape, id(leaf.inputs)
+            of_grads = rank, d_out, leaf.layer_shape, "output_grads", len(keys)
+            inputs = leaf.rows("inputs")
+            in_loss = leaf.tokens_in_loss().reshape(inputs.shape[:-1])
+            matrices[of_inputs] = inputs, in_loss
+            matrices[of_grads] = leaf.rows("output_grads"), None
+            keys.append((of_inputs, of_grads))
+        alike: dict[Any, list[Any]] = collections.defaultdict(list)
+        for key in matrices:
+            alike[key[:3]].append(key)
+        found: dict[Any, jax.Array] = {}
+        for (rank, dimension, _), group in alike.items():
+            rows, kept = zip(*(matrices[key] for key in group), strict=True)
+            from_start = start(rank, dimension, rows[0].dtype)
+            directions = dominant_directions(
+                rows, from_start, kept=kept, power_iterations=self.power_iterations
+            )
+            found |= zip(group, directions, strict=True)
+        return [(found[of_inputs], found[of_grads]) for of_inputs, of_grads in keys]
+
+    def common_parts(
+        self,
+        gradients: Sequence[jax.Array],
+        directions: Sequence[tuple[jax.Array, jax.Array]],
+    ) -> list[jax.Array]:
+        """What lies in the dominant subspaces: Q_x (Q_xᵀ g Q_d) Q_dᵀ; bases are rows.
+
+        Args:
+          gradients: g of each leaf, (*layers, d_in, d_out).
+          directions: of each leaf, as from `directions`.
+        """
+        distinct = {id(rows): rows for pair in directions for rows in pair}
+        alike: dict[Any, list[int]] = collections.defaultdict(list)
+        for key, rows in distinct.items():
+            alike[rows.shape[-2:], rows.dtype].append(key)
+        bases: dict[int, jax.Array] = {}
+        for (shape, _), group in alike.items():
+            flat = [
+                distinct[key].reshape(math.prod(distinct[key].shape[:-2]), *shape) for key in group
+            ]
+            basis = orthonormal_basis(jnp.concatenate(flat), self.orthonormalization)
+            ends = itertools.accumulate(len(rows) for rows in flat)
+            for key, rows, end in zip(group, flat, ends, strict=True):
+                bases[key] = basis[end - len(rows) : end].reshape(distinct[key].shape)
+
+        def common_part(gradient: jax.Array, q_x: jax.Array, q_d: jax.Array) -> jax.Array:
+            core = contract("...ri,...ij,...sj->...rs", q_x, gradient, q_d)
+            return contract("...ri,...rs,...sj->...ij", q_x, core, q_d)
+
+        return [
+            common_part(gradient, bases[id(x)], bases[id(d)])
+            for gradient, (x, d) in zip(gradients, directions, strict=True)
+        ]
 
 
 class ProjectIntraState(NamedTuple):
@@ -87,10 +224,7 @@ def project_intra(
         updates (with the name of the leaf and both shapes), a mask that asks for a leaf without
         LayerFactors, or no leaf that has them.
     """
-    _options.check_count("rank", rank)
-    _options.check_count("power_iterations", power_iterations)
-    _options.check_choice("orthonormalization", orthonormalization, get_args(Orthonormalization))
-    _options.check_number("shrinkage", shrinkage, 0, 1)
+    options = Intra(rank, shrinkage, power_iterations, orthonormalization, mask, seed)
 
     def init_fn(params: Any) -> ProjectIntraState:
         del params
@@ -110,68 +244,28 @@ def project_intra(
     ) -> tuple[Any, ProjectIntraState]:
         del params, extra
         matched = match_scores(updates, scores)
-        kinds = (LayerFactors,)
-        projects = _options.projected_leaves(matched, mask, updates, kinds, kinds)
-        if matched and not any(isinstance(leaf, LayerFactors) for _, _, leaf in matched):
-            raise ValueError(
-                "scores has no LayerFactors, so there is nothing to project: take scores from "
-                "proma_jax.sequence_scores, and see proma_jax.describe_scores."
-            )
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng_key), state.step)
-        factor = _options.at_step(shrinkage, state.step)
+        projects = options.projects([(path, type(leaf)) for path, _, leaf in matched], updates)
+        start = options.start(jax.random.wrap_key_data(state.rng_key), state.step)
+        factor = jnp.asarray(_options.at_step(shrinkage, state.step))
 
-        def remove(update: jax.Array, factors: LayerFactors) -> jax.Array:
-            return jnp.asarray(factor) * _projection(
-                update, factors, rank, key, power_iterations, orthonormalization
-            )
-
-        removed = [
-            remove(update, leaf) if isinstance(leaf, LayerFactors) and project else None
+        chosen = [
+            (update, leaf)
             for (_, update, leaf), project in zip(matched, projects, strict=True)
+            if project and isinstance(leaf, LayerFactors)
         ]
+        layers = [leaf.view.apply(wide(update)) for update, leaf in chosen]
+        directions = options.directions([leaf for _, leaf in chosen], start)
+        parts = options.common_parts(layers, directions)
+        removed = [
+            factor * leaf.view.invert(part) for (_, leaf), part in zip(chosen, parts, strict=True)
+        ]
+        of_each = iter(removed)
         projected = [
-            update if part is None else (wide(update) - part).astype(update.dtype)
-            for (_, update, _), part in zip(matched, removed, strict=True)
+            (wide(update) - next(of_each)).astype(update.dtype) if project else update
+            for (_, update, _), project in zip(matched, projects, strict=True)
         ]
-        fraction = _options.fraction(
-            [part for part in removed if part is not None], jax.tree.leaves(updates)
-        )
+        fraction = _options.fraction(removed, jax.tree.leaves(updates))
         new_state = ProjectIntraState(optax.safe_increment(state.step), state.rng_key, fraction)
         return _options.with_leaves(updates, projected), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _projection(
-    update: jax.Array,
-    factors: LayerFactors,
-    rank: int,
-    key: jax.Array,
-    power_iterations: int,
-    orthonormalization: Orthonormalization,
-) -> jax.Array:
-    """Q_x (Q_xᵀ g Q_d) Q_dᵀ for every layer of a leaf, in the leaf's shape; bases are rows."""
-
-    def one_layer(gradient: jax.Array, inputs: jax.Array, output_grads: jax.Array) -> jax.Array:
-        x, d = (rows.reshape(-1, rows.shape[-1]) for rows in (inputs, output_grads))
-        in_loss = jnp.any(d != 0, axis=-1)
-        q_x, q_d = (
-            dominant_subspace(
-                rows,
-                min(rank, *x.shape, d.shape[1]),
-                key,
-                kept=in_loss,
-                power_iterations=power_iterations,
-                orthonormalization=orthonormalization,
-            )
-            for rows in (x, d)
-        )
-        core = contract("ri,ij,sj->rs", q_x, gradient, q_d)
-        return contract("ri,rs,sj->ij", q_x, core, q_d)
-
-    for _ in range(factors.num_layer_axes):
-        one_layer = jax.vmap(one_layer)
-    layers = factors.view.apply(wide(update))
-    return factors.view.invert(
-        one_layer(layers, factors.tokens("inputs"), factors.tokens("output_grads"))
-    )

@@ -21,7 +21,7 @@ Example:
   [3.0, 0.0, 0.0]
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,17 +62,97 @@ def removed_part(
     Returns:
       shrinkage · P_S(G), bounded, of the leaf's shape, in float32 (float64 if an argument is).
     """
+    layers, own = scores.view.apply(gradient), scores.view.apply(update)
+    own_lengths = layer_norms(own, scores.num_layer_axes)
     if solver == "ridge":
-        projected = _ridge_projection(gradient, scores, ridge)
-    else:
-        projected = _exact_projection(gradient, scores, solver, rtol)
-    if relative_bound is not None:
-        lengths = layer_norms(projected, scores.num_layer_axes)
-        limits = relative_bound * layer_norms(scores.view.apply(update), scores.num_layer_axes)
-        too_long = lengths > limits
-        scale = jnp.where(too_long, limits / jnp.where(too_long, lengths, 1), 1)
-        projected = projected * jnp.expand_dims(scale, range(scale.ndim, projected.ndim))
-    return scores.view.invert(jnp.asarray(shrinkage) * projected)
+        scores = scores.compact()
+        weights, _ = removal(
+            unit_products(scores, layers), own_lengths, ridge, shrinkage, relative_bound
+        )
+        return scores.view.invert(scores.weighted_sum(weights))
+    projected = _exact_projection(layers, scores, solver, rtol)
+    lengths = layer_norms(projected, scores.num_layer_axes)
+    scale = shrinkage * _bounding(lengths, own_lengths, relative_bound)
+    return scores.view.invert(projected * jnp.expand_dims(scale, range(scale.ndim, projected.ndim)))
+
+
+class UnitProducts(NamedTuple):
+    """Inner products of unit scores ŝ_i = s_i / ‖s_i‖, and 0 for a zero score.
+
+    Attributes:
+      gram: (*layers, b, b), <ŝ_i, ŝ_j>.
+      dots: (*layers, b), <ŝ_i, G>.
+      norms: (*layers, b), ‖s_i‖.
+    """
+
+    gram: jax.Array
+    dots: jax.Array
+    norms: jax.Array
+
+    def lengths(self, weights: jax.Array) -> jax.Array:
+        """(*layers,) norms of Σ_i weights_i ŝ_i."""
+        squares = contract("...i,...ij,...j->...", weights, self.gram, weights)
+        return _sqrt(jnp.where(squares < 0, 0, squares))
+
+
+def unit_products(scores: ScoreLeaf, layers: jax.Array) -> UnitProducts:
+    """The products that the ridge projection needs, right at every scale.
+
+    Args:
+      scores: of a leaf.
+      layers: G, in the scores' layout.
+    """
+
+    def rescaled() -> tuple[jax.Array, jax.Array, jax.Array]:
+        moderate, sizes = scores.rescaled()
+        return moderate.gram(), moderate.dots(layers), jnp.moveaxis(sizes, 0, -1)
+
+    gram = scores.gram()
+    squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    are_moderate = jnp.all((squares > 1e-24) & (squares < 1e24))
+    gram, dots, sizes = jax.lax.cond(
+        are_moderate, lambda: (gram, scores.dots(layers), jnp.ones_like(squares)), rescaled
+    )
+    norms = _sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
+    to_unit = jnp.where(norms == 0, 0, 1 / jnp.where(norms == 0, 1, norms))
+    unit_gram = gram * to_unit[..., :, None] * to_unit[..., None, :]
+    return UnitProducts(unit_gram, dots * to_unit, norms * sizes)
+
+
+def removal(
+    products: UnitProducts,
+    own_lengths: jax.Array,
+    ridge: ArrayLike,
+    shrinkage: ArrayLike,
+    relative_bound: ArrayLike | None,
+) -> tuple[jax.Array, jax.Array]:
+    """`removed_part` of the solver "ridge" as a combination of the scores.
+
+    Args:
+      products: of layers (*layers,).
+      own_lengths: (*layers,), ‖g_m‖.
+      ridge: as in `removed_part`.
+      shrinkage: as in `removed_part`.
+      relative_bound: as in `removed_part`.
+
+    Returns:
+      (*layers, b) weights of the scores s_i, and the (*layers,) norms of what they sum to.
+    """
+    weights = _solve_damped(products.gram, products.dots, ridge)
+    lengths = products.lengths(weights)
+    scale = jnp.asarray(shrinkage) * _bounding(lengths, own_lengths, relative_bound)
+    return divide(scale[..., None] * weights, products.norms), scale * lengths
+
+
+def _bounding(
+    lengths: jax.Array, own_lengths: jax.Array, relative_bound: ArrayLike | None
+) -> jax.Array:
+    """The factors that bring lengths down to `relative_bound` times `own_lengths`."""
+    if relative_bound is None:
+        return jnp.ones_like(lengths)
+    limits = jnp.asarray(relative_bound) * own_lengths
+    too_long = lengths > limits
+    return jnp.where(too_long, limits / jnp.where(too_long, lengths, 1), 1)
 
 
 def layer_norms(layers: jax.Array, num_layer_axes: int = 0) -> jax.Array:
@@ -88,16 +168,6 @@ def _sqrt(x: jax.Array) -> jax.Array:
     """The square root, with gradient 0 at 0."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0 * x)
-
-
-def _ridge_projection(gradient: jax.Array, scores: ScoreLeaf, ridge: ArrayLike) -> jax.Array:
-    """(*layers, ...), the ridge-regularised projection in the scores' layout."""
-    scores, _ = scores.compact().rescaled()
-    gram, dots = scores.gram(), scores.dots(scores.view.apply(gradient))
-    norms = _sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
-    to_unit = jnp.where(norms == 0, 0, 1 / jnp.where(norms == 0, 1, norms))
-    gram = gram * to_unit[..., :, None] * to_unit[..., None, :]
-    return scores.weighted_sum(_solve_damped(gram, dots * to_unit, ridge) * to_unit)
 
 
 def _solve_damped(gram: jax.Array, dots: jax.Array, ridge: ArrayLike) -> jax.Array:
@@ -120,7 +190,7 @@ def _solve_damped(gram: jax.Array, dots: jax.Array, ridge: ArrayLike) -> jax.Arr
 
 
 def _exact_projection(
-    gradient: jax.Array, scores: ScoreLeaf, solver: Literal["qr", "svd"], rtol: float
+    layers: jax.Array, scores: ScoreLeaf, solver: Literal["qr", "svd"], rtol: float
 ) -> jax.Array:
     """(*layers, ...), the orthogonal projection in the scores' layout."""
 
@@ -134,4 +204,4 @@ def _exact_projection(
         projected = project(flat)
         return (projected + project(flat - projected)).reshape(layer.shape)
 
-    return map_layers(one_layer, scores, scores.view.apply(gradient))
+    return map_layers(one_layer, scores, layers)

@@ -131,7 +131,7 @@ class ScoreLeaf:
         return DenseScores(values, self.num_layer_axes, self.view, self.dtype)
 
     def compact(self) -> ScoreLeaf:
-        """The same scores in the form that takes the least memory."""
+        """The same scores in the form that is the fastest to project with."""
         return self
 
     def rescaled(self) -> tuple[ScoreLeaf, Array]:
@@ -237,7 +237,7 @@ class DenseScores(ScoreLeaf):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["inputs", "output_grads"],
+    data_fields=["inputs", "output_grads", "in_loss"],
     meta_fields=["num_layer_axes", "view", "dtype"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +253,9 @@ class LayerFactors(ScoreLeaf):
       num_layer_axes: how many leading axes after b count layers. Default 0: one layer.
       view: how the parameter leaf is read as (*layers, d_in, d_out). Default: as it is.
       dtype: of the gradients made from the scores. Default: the factors' common type.
+      in_loss: (b, *layers, tokens...) bool, which tokens have a say in the subspaces of
+        `project_intra`. Default: those with an output gradient. `sequence_scores` says it where
+        several kernels share an input: the tokens with an output gradient in any of them.
     """
 
     inputs: Array
@@ -260,6 +263,7 @@ class LayerFactors(ScoreLeaf):
     num_layer_axes: int = 0
     view: View = View()
     dtype: Any = None
+    in_loss: Array | None = None
     arrays = ("inputs", "output_grads")
 
     def _one_layer_shape(self) -> tuple[int, ...]:
@@ -271,14 +275,33 @@ class LayerFactors(ScoreLeaf):
         shape = (*self.layer_shape, self.batch_size, self._num_tokens, array.shape[-1])
         return array.reshape(shape)
 
+    def rows(self, name: str) -> Array:
+        """The field as (*layers, b · tokens, d)."""
+        *_, n_sequences, n_tokens, d = self.tokens(name).shape
+        return self.tokens(name).reshape(*self.layer_shape, n_sequences * n_tokens, d)
+
+    def tokens_in_loss(self) -> Array:
+        """(*layers, b, tokens) bool, which tokens have a say in the subspaces."""
+        if self.in_loss is None:
+            return jnp.any(self.tokens("output_grads") != 0, axis=-1)
+        shape = (*self.layer_shape, self.batch_size, self._num_tokens)
+        return self._layers_first("in_loss").reshape(shape)
+
     @property
     def _num_tokens(self) -> int:
         return math.prod(self.inputs.shape[1 + self.num_layer_axes : -1])
 
     def compact(self) -> LayerFactors | DenseScores:
+        """Dense where that costs less than pairs of tokens.
+
+        Beside the product of the factors, which both forms need, the dense one makes and reads b
+        scores four times, as long as some 128 operations for each of their entries take; the
+        factored one multiplies every token with every other, and with G.
+        """
         d_in, d_out = self._one_layer_shape()
-        is_smaller = d_in * d_out <= self._num_tokens * (d_in + d_out)
-        return self.dense() if is_smaller else self
+        tokens = self._num_tokens
+        factored = self.batch_size * tokens**2 * (1 / d_in + 1 / d_out) + tokens
+        return self.dense() if factored > 64 else self
 
     def gram(self) -> Array:
         x, d = self.tokens("inputs"), self.tokens("output_grads")
@@ -451,6 +474,35 @@ def gradient_dtype(scores: ScoreLeaf) -> Any:
 def as_score_leaf(scores: Any) -> ScoreLeaf:
     """A (b, *leaf.shape) array as `DenseScores`; score leaves as they are."""
     return scores if isinstance(scores, ScoreLeaf) else DenseScores(scores)
+
+
+def stack_vectors(
+    scores: Sequence[ScoreLeaf], vectors: Sequence[Array]
+) -> list[tuple[list[int], ScoreLeaf, Array]]:
+    """Makes layers of one leaf of the many vectors of one size that a model has, as in its norms.
+
+    Args:
+      scores: of some parameter leaves.
+      vectors: for each an array of its scores' layout.
+
+    Returns:
+      (positions, scores, array), where dense vectors of one size stand together, and every other
+      leaf alone and as it is. Together, (len(positions), d) is the layout of the scores.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(scores):
+        key: Any = i
+        if isinstance(leaf, DenseScores) and leaf.values.ndim == 2 and leaf.num_layer_axes == 0:
+            key = leaf.values.shape, leaf.values.dtype, leaf.view, leaf.dtype
+        groups.setdefault(key, []).append(i)
+    stacked: list[tuple[list[int], ScoreLeaf, Array]] = []
+    for group in groups.values():
+        if len(group) == 1:
+            stacked.append((group, scores[group[0]], vectors[group[0]]))
+            continue
+        values = jnp.stack([as_score_leaf(scores[i]).dense().values for i in group], axis=1)
+        stacked.append((group, DenseScores(values, 1), jnp.stack([vectors[i] for i in group])))
+    return stacked
 
 
 def map_layers(fn: Callable[[ScoreLeaf, Array], Array], scores: ScoreLeaf, layers: Array) -> Array:

@@ -489,13 +489,13 @@ def test_check_passes(name):
 
 def test_check_names_the_leaf_whose_scores_are_wrong(monkeypatch):
     model = MODELS["mlp"]()
-    factors = capture._Use.factors
+    factors = capture.Use.factors
 
     def wrong(self, data, output_grads):
         data, output_grads = factors(self, data, output_grads)
         return data, output_grads * (1.01 if output_grads.shape[-1] == 9 else 1)
 
-    monkeypatch.setattr(capture._Use, "factors", wrong)
+    monkeypatch.setattr(capture.Use, "factors", wrong)
     with pytest.raises(ValueError, match=r"rtol=0.0001: \['head'\] by 1.0e-02\.$"):
         check_scores(*model)
     assert check_scores(*model, rtol=0.1)["['head']"] == pytest.approx(0.01, rel=1e-3)

@@ -1,5 +1,7 @@
 """Orthonormal bases and dominant subspaces, against float64 NumPy and by their promises."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,15 +10,27 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from proma_jax.subspace import dominant_subspace, orthonormal_basis
+from proma_jax.subspace import (
+    _inverse,
+    dominant_directions,
+    orthonormal_basis,
+    random_start,
+)
 from tests import oracles
 
 METHODS = ("cholesky_qr", "qr", "svd")
 basis_of = jax.jit(orthonormal_basis, static_argnames=("method", "rtol"))
-subspace_of = jax.jit(
-    dominant_subspace, static_argnames=("rank", "power_iterations", "orthonormalization")
-)
 KEY = jax.random.key(0)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "power_iterations", "orthonormalization"))
+def subspace_of(rows, rank, key, kept=None, power_iterations=2, orthonormalization="cholesky_qr"):
+    """A basis of the dominant subspace of one matrix."""
+    start = random_start(key, rank, rows.shape[-1], rows.dtype)
+    [directions] = dominant_directions(
+        [rows], start, kept=[kept], power_iterations=power_iterations
+    )
+    return orthonormal_basis(directions, orthonormalization)
 
 
 def matrix(rng, m, r, rank, condition):
@@ -136,6 +150,33 @@ def test_neither_the_order_of_tokens_nor_padding_change_the_subspace():
         np.testing.assert_allclose(projector(basis), expected, atol=3e-6)
 
 
+def test_matrices_together_give_what_each_gives_alone():
+    """Of 12 columns, where X is multiplied, and of 96, where its Gram matrix is; in two layers."""
+    rng = np.random.default_rng(0)
+    for d, rank in ((12, 2), (96, 30)):
+        matrices = [jnp.asarray(rng.normal(size=(2, n, d)), jnp.float32) for n in (40, 50)]
+        kept = [None, jnp.arange(100).reshape(2, 50) % 3 > 0]
+        start = random_start(KEY, rank, d, jnp.float32)
+        together = dominant_directions(matrices, start, kept=kept)
+        for rows, rows_kept, directions in zip(matrices, kept, together, strict=True):
+            chex.assert_shape(directions, (2, rank, d))
+            for layer in range(2):
+                of_layer = None if rows_kept is None else rows_kept[layer]
+                expected = subspace_of(rows[layer], rank, KEY, kept=of_layer)
+                actual = orthonormal_basis(directions, "cholesky_qr")[layer]
+                np.testing.assert_allclose(projector(actual), projector(expected), atol=2e-5)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 40, 100])
+def test_the_inverse_of_a_triangular_matrix(n):
+    matrix = np.random.default_rng(n).normal(size=(3, n, n))
+    factor = np.linalg.cholesky(matrix @ matrix.swapaxes(-1, -2) / n + np.eye(n))
+    inverse = np.float64(_inverse(jnp.float32(factor)))
+    np.testing.assert_allclose(
+        inverse @ factor, np.broadcast_to(np.eye(n), factor.shape), atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("decay", [0.25, 0.5, 1.0, 2.0])
 def test_two_iterations_capture_the_energy_of_the_published_scheme(decay):
     """The author's: Ω over tokens, Y = XᵀΩ, one Y ← Xᵀ(X Y), QR. Ours starts over features."""
@@ -157,7 +198,7 @@ def test_two_iterations_capture_the_energy_of_the_published_scheme(decay):
 def test_vmap_and_bfloat16_rows():
     rng = np.random.default_rng(0)
     rows = jnp.asarray(rng.normal(size=(3, 20, 8)), jnp.bfloat16)
-    together = jax.vmap(lambda x: dominant_subspace(x, 3, KEY))(rows)
+    together = jax.vmap(lambda x: subspace_of(x, 3, KEY))(rows)
     assert together.dtype == jnp.float32
     for x, basis in zip(rows, together, strict=True):
         expected = oracles.subspace(x, jax.random.normal(KEY, (3, 8)), 2)

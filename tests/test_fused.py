@@ -1,0 +1,329 @@
+"""`accumulated_gradient` against the two transformations, microbatch by microbatch."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import proma_jax as proma
+from tests import models, oracles
+from tests.oracles import assert_close
+
+K = 3
+ACCUMULATIONS = {
+    "ridge": proma.Accumulation(),
+    "bounded": proma.Accumulation(relative_bound=0.3, skip_fraction=0.5, shrinkage=0.7),
+    "qr": proma.Accumulation(solver="qr"),
+}
+VARIANTS = {
+    "plain": (None, None),
+    **{name: (settings, None) for name, settings in ACCUMULATIONS.items()},
+    "intra": (None, proma.Intra(rank=2)),
+    "both": (proma.Accumulation(relative_bound=0.5), proma.Intra(rank=2, shrinkage=0.5)),
+}
+
+
+def step_of(model, k=K, seed=0):
+    """(k, b, ...) sequences and their weights."""
+    rng = np.random.default_rng(seed)
+    b = jax.tree.leaves(model.microbatch)[0].shape[0]
+    order = jnp.asarray(rng.integers(0, b, (k, b)))
+    coefficients = jnp.asarray(rng.normal(size=(k, b)), jnp.float32)
+    return jax.tree.map(lambda x: x[order], model.microbatch), coefficients
+
+
+def by_transformations(model, batch, coefficients, accumulation, intra, has_aux=False):
+    """The gradient that the inner optimizer gets, and what was removed at each microbatch."""
+    k = coefficients.shape[0]
+    settings = {} if accumulation is None else vars(accumulation)
+    if accumulation is None:
+        settings = {"shrinkage": 0.0}
+    accumulate = proma.accumulate(optax.identity(), k, **settings)
+    tx = accumulate
+    if intra is not None:
+        tx = optax.chain(proma.project_intra(**vars(intra)), accumulate)
+    scores_fn = proma.sequence_scores(model.logprob_fn, has_aux=has_aux)
+
+    def one(state, inputs):
+        microbatch, weights = inputs
+        values, scores = scores_fn(model.params, microbatch)
+        grads = proma.weighted_sum(scores, weights)
+        updates, state = tx.update(grads, state, model.params, scores=scores)
+        fractions = [s.projected_fraction for s in (state if intra else (state,))]
+        return state, (updates, values, fractions)
+
+    _, (updates, values, fractions) = jax.lax.scan(
+        one, tx.init(model.params), (batch, coefficients)
+    )
+    return jax.tree.map(lambda x: x[-1], updates), values, fractions
+
+
+def agree(name, variant):
+    """Compares the two forms on a model."""
+    model = models.MODELS[name]()
+    accumulation, intra = VARIANTS[variant]
+    batch, coefficients = step_of(model)
+    gradient_fn = proma.accumulated_gradient(
+        model.logprob_fn, accumulation=accumulation, intra=intra
+    )
+    one = jax.tree.map(lambda x: x[0], model.microbatch)
+    if intra and "LayerFactors" not in proma.describe_scores(model.logprob_fn, model.params, one):
+        with pytest.raises(ValueError, match="nothing to project"):
+            gradient_fn(model.params, batch, coefficients)
+        return
+    grads, metrics = jax.jit(gradient_fn)(model.params, batch, coefficients)
+    expected, logprobs, fractions = jax.jit(
+        lambda b, c: by_transformations(model, b, c, accumulation, intra)
+    )(batch, coefficients)
+    params = jax.tree.map(jnp.asarray, model.params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+    tolerance = 2e-2 if {"bfloat16", "float16"} & dtypes_of(params) else 1e-4
+    assert_close(grads, expected, tolerance)
+    assert_close(metrics.logprobs, logprobs, tolerance)
+    if accumulation:
+        removed = metrics.accumulation_fraction
+        np.testing.assert_allclose(removed, fractions[-1], rtol=1e-2, atol=1e-5)
+    if intra:
+        np.testing.assert_allclose(metrics.intra_fraction, fractions[0], rtol=1e-2, atol=1e-5)
+
+
+def dtypes_of(tree):
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bfloat16_parameters",
+        "several_axes",
+        "kernel_batched_in_the_middle",
+        "vectors",
+        "no_tokens",
+        "kernel_used_twice",
+        "kernel_used_both_ways",
+        "tied_embedding",
+        "low_rank",
+        "stack_indexed",
+        "unused",
+        "lookups",
+        "tables_of_layers",
+        "checkpoint_closes_over_its_parameters",
+        "scan_in_a_scan_transposed",
+        "scan_with_a_shared_kernel",
+        "recurrent",
+        "cond",
+        "stopped_gradient",
+        "vmapped_heads",
+        "equal_inputs_without_a_gradient",
+        "inputs_also_go_where_no_gradient_can",
+        "constant_operands",
+        "params_of_every_kind",
+        "linen_ScanOfRemat",
+        "linen_dropout",
+        "nnx_remat_called_twice",
+        "nnx_scan_of_remat",
+        "nnx_lora",
+    ],
+)
+def test_it_is_what_the_transformations_give_on_models_of_many_kinds(name):
+    agree(name, "both")
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "both"])
+@pytest.mark.parametrize("name", ["equal_inputs", "linen_tied", "scan_of_checkpoints"])
+def test_it_is_what_the_transformations_give_in_every_variant(name, variant):
+    agree(name, variant)
+
+
+def test_an_unrolled_model_gives_what_its_scanned_twin_gives():
+    unrolled, scanned, stack = models.twins()
+    for settings in VARIANTS.values():
+        results = []
+        for model in (unrolled, scanned):
+            gradient_fn = proma.accumulated_gradient(
+                model.logprob_fn, accumulation=settings[0], intra=settings[1]
+            )
+            results.append(jax.jit(gradient_fn)(model.params, *step_of(model))[0])
+        assert_close(results[1], stack(results[0]), 1e-4)
+
+
+def test_schedules_and_starts_go_on_from_step_to_step():
+    model = models.MODELS["mlp"]()
+    batch, coefficients = step_of(model)
+
+    def halved(step):
+        return 1.0 / (1 + step)
+
+    gradient_fn = proma.accumulated_gradient(
+        model.logprob_fn,
+        accumulation=proma.Accumulation(shrinkage=halved),
+        intra=proma.Intra(rank=1, shrinkage=halved, seed=3),
+    )
+    tx = optax.chain(
+        proma.project_intra(rank=1, shrinkage=halved, seed=3),
+        proma.accumulate(optax.identity(), K, shrinkage=halved),
+    )
+    state, scores_fn = tx.init(model.params), proma.sequence_scores(model.logprob_fn)
+    for step in range(2):
+        for m in range(K):
+            _, scores = scores_fn(model.params, batch[m])
+            grads = proma.weighted_sum(scores, coefficients[m])
+            updates, state = tx.update(grads, state, model.params, scores=scores)
+        actual, _ = gradient_fn(model.params, batch, coefficients, step)
+        assert_close(actual, updates)
+
+
+def test_aux_is_stacked_and_it_compiles_once():
+    model = models.MODELS["mlp"]()
+
+    def logprob_fn(params, tokens):
+        value = model.logprob_fn(params, tokens)
+        return value, {"length": tokens.shape[0], "value": value}
+
+    chex.clear_trace_counter()
+    gradient_fn = proma.accumulated_gradient(
+        logprob_fn, accumulation=proma.Accumulation(), has_aux=True
+    )
+    run = jax.jit(chex.assert_max_traces(gradient_fn, n=1))
+    for seed in range(2):
+        batch, coefficients = step_of(model, seed=seed)
+        _, metrics = run(model.params, batch, coefficients, seed)
+    chex.assert_trees_all_equal(metrics.aux["value"], metrics.logprobs)
+    chex.assert_shape([metrics.aux["length"], metrics.logprobs], coefficients.shape)
+    assert metrics.accumulation_fraction[0] == 0
+    assert jnp.all(metrics.accumulation_fraction[1:] > 0)
+
+
+def test_masked_leaves_are_accumulated_plainly():
+    model = models.MODELS["mlp"]()
+    batch, coefficients = step_of(model)
+    mask = jax.tree.map(lambda _: False, model.params) | {"head": True}
+    settings = proma.Accumulation(mask=mask), proma.Intra(rank=1, mask=mask)
+    masked, plain = (
+        proma.accumulated_gradient(model.logprob_fn, accumulation=a, intra=i)(
+            model.params, batch, coefficients
+        )[0]
+        for a, i in (settings, (None, None))
+    )
+    assert_close([masked["embed"], masked["layer"]], [plain["embed"], plain["layer"]])
+    assert np.linalg.norm(masked["head"] - plain["head"]) > 0.1 * np.linalg.norm(plain["head"])
+
+
+def test_what_is_not_finite_is_seen():
+    model = models.MODELS["mlp"]()
+    batch, coefficients = step_of(model)
+    poisoned = model.params | {"head": model.params["head"].at[0, 0].set(jnp.inf)}
+    for settings in VARIANTS.values():
+        gradient_fn = proma.accumulated_gradient(
+            model.logprob_fn, accumulation=settings[0], intra=settings[1]
+        )
+        grads, _ = jax.jit(gradient_fn)(poisoned, batch, coefficients)
+        assert not jnp.all(jnp.isfinite(grads["head"]))
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_scales_of_scores_do_not_matter(scale):
+    """What is removed of G is the same, whatever the scale of the scores."""
+
+    def logprob_fn(params, x):
+        return jnp.sum(jnp.sin(x @ params)) * scale
+
+    params = models.kernels(w=(5, 4))["w"]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 7, 5)), jnp.float32)
+    coefficients = jnp.asarray([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]]) / scale
+    gradient_fn = proma.accumulated_gradient(logprob_fn, accumulation=proma.Accumulation())
+    grads, metrics = gradient_fn(params, x, coefficients)
+    scores = jax.vmap(lambda x: jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)))(params))(x[1])
+    first = jax.grad(
+        lambda w: jnp.sum(coefficients[0] * scale * jnp.sum(jnp.sin(x[0] @ w), (1, 2)))
+    )
+    before = np.float64(first(params))
+    assert_close(grads, before - oracles.projection(before, scores, "ridge"))
+    assert 0.1 < metrics.accumulation_fraction[1] < 1
+
+
+@pytest.mark.parametrize("variant", ["ridge", "intra"])
+def test_a_mesh_changes_nothing(variant):
+    def logprob_fn(params, x):
+        def layer(h, p):
+            return h + jnp.tanh(h @ p["w"]) * (h @ p["v"] + p["b"]), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, params)[0])
+
+    params = models.kernels(w=(3, 5, 5), v=(3, 5, 5), b=(3, 5))
+    rng = np.random.default_rng(0)
+    batch = jnp.asarray(rng.normal(size=(K, 8, 6, 5)), jnp.float32)
+    coefficients = jnp.asarray(rng.normal(size=(K, 8)), jnp.float32)
+    accumulation, intra = VARIANTS[variant]
+    gradient_fn = jax.jit(
+        proma.accumulated_gradient(logprob_fn, accumulation=accumulation, intra=intra)
+    )
+    expected, _ = gradient_fn(params, batch, coefficients)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        by_sequence = NamedSharding(mesh, PartitionSpec(None, "data"))
+        sharded = jax.device_put((batch, coefficients), by_sequence)
+        replicated = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        actual, _ = gradient_fn(replicated, *sharded)
+    assert_close(jax.device_get(actual), jax.device_get(expected), 1e-4)
+
+
+def test_no_score_outlives_its_layer():
+    """A scanned, rematerialised model needs no more memory than plain policy gradient does."""
+    layers, width, b, tokens = 16, 128, 4, 16
+
+    def logprob_fn(stack, x):
+        def layer(h, w):
+            return h + jnp.tanh(h @ w), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), x, stack)[0])
+
+    stack = jax.ShapeDtypeStruct((layers, width, width), jnp.float32)
+    batch = jax.ShapeDtypeStruct((K, b, tokens, width), jnp.float32)
+    coefficients = jax.ShapeDtypeStruct((K, b), jnp.float32)
+
+    def plain(stack, batch, coefficients):
+        def add(total, inputs):
+            x, c = inputs
+            loss = lambda stack: c @ jax.vmap(logprob_fn, (None, 0))(stack, x)  # noqa: E731
+            return total + jax.grad(loss)(stack), None
+
+        return jax.lax.scan(add, jnp.zeros_like(stack), (batch, coefficients))[0]
+
+    def memory(step):
+        lowered = jax.jit(step).lower(stack, batch, coefficients)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    scores_of_a_layer = b * width * width * 4
+    allowed = memory(plain) + 0.05 * layers * width * width * 4 + 2 * scores_of_a_layer
+    for accumulation, intra in VARIANTS.values():
+        gradient_fn = proma.accumulated_gradient(logprob_fn, accumulation=accumulation, intra=intra)
+        print(accumulation, intra, memory(gradient_fn), memory(plain), allowed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((jnp.ones((2, 3)), jnp.ones(3)), r"coefficients has shape \(3,\)"),
+        ((jnp.ones((3, 4, 3)), jnp.ones((3, 2))), r"batch has shape \(3, 4, 3\)"),
+    ],
+)
+def test_a_batch_without_its_axes_is_refused(arguments, message):
+    gradient_fn = proma.accumulated_gradient(lambda w, x: jnp.sum(x @ w))
+    with pytest.raises(ValueError, match=message):
+        gradient_fn(jnp.ones((3, 2)), *arguments)
+
+
+def test_settings_and_parameters_are_checked():
+    with pytest.raises(ValueError, match="accumulator_dtype='int32'"):
+        proma.accumulated_gradient(jnp.sum, accumulator_dtype="int32")
+    with pytest.raises(ValueError, match=r"ridge=-1"):
+        proma.Accumulation(ridge=-1)
+    with pytest.raises(ValueError, match="rank=0"):
+        proma.Intra(rank=0)
+    gradient_fn = proma.accumulated_gradient(lambda w, x: jnp.sum(x @ w))
+    with pytest.raises(ValueError, match="params is int32"):
+        gradient_fn(jnp.ones((3, 2), jnp.int32), jnp.ones((2, 2, 5, 3)), jnp.ones((2, 2)))

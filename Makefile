@@ -8,7 +8,7 @@ SHELL := bash
 UV_VERSION := 0.13.9
 UV := .uv/bin/uv
 PYTEST := python -m pytest -n 2
-LIBRARY_TESTS := proma_jax tests --ignore tests/experiments
+LIBRARY_TESTS := proma_jax tests --ignore tests/experiments --ignore tests/benchmarks
 LOCK := pyproject.toml setup.cfg uv.lock
 
 # Interpreters from the environment and pyenv; none is downloaded.
@@ -33,7 +33,7 @@ fi; \
 echo "Using $$($$python --version) ($$python)"
 endef
 
-.PHONY: help demo test lint format typecheck test-floor test-newest lock clean
+.PHONY: help demo bench test lint format typecheck test-floor test-newest lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,15 @@ help:  ## list the targets
 demo: .venv/.experiments  ## compare the methods on integer addition; a CPU will do
 	@echo "Running python -m experiments.compare"
 	@.venv/bin/python -m experiments.compare
+
+BENCH := .venv/bin/python -m benchmarks.update_step --repeats 5
+BENCH_METHODS := plain_sum plain_per_sequence plain_batched grpo accumulation accumulation_fused \
+  intra_10_fused intra_100_fused both_10_fused
+
+bench: .venv/.experiments  ## time an optimizer step of every method, on a small decoder
+	@echo "Running python -m benchmarks.update_step: blocks unrolled, then scanned"
+	@$(BENCH) --methods $(BENCH_METHODS) accumulation_dense intra_10 naive_accumulation naive_intra_10
+	@$(BENCH) --methods $(BENCH_METHODS) --layout scanned --remat
 
 test: .venv/.dev  ## run all tests and doctests at the locked versions
 	@echo "Running the tests and doctests"

@@ -1,0 +1,100 @@
+"""The cases that are measured: a decoder, and the shape of one optimizer step's batch."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import decoder
+
+Size = Literal["micro", "tiny", "small", "qwen3-0.6b"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A decoder and the batch of one optimizer step."""
+
+    config: decoder.DecoderConfig
+    sequences: int
+    """b, sequences in a microbatch."""
+    tokens: int
+    """T, tokens of each sequence."""
+    microbatches: int
+    """k, microbatches of the optimizer step."""
+
+    def logprob(self, params: decoder.Params, tokens: jax.Array) -> jax.Array:
+        """Log-probability of one sequence."""
+        return decoder.logprob(self.config, params, tokens)
+
+    def token_logprobs(self, params: decoder.Params, tokens: jax.Array) -> jax.Array:
+        """Log-probabilities of the tokens of (b, T) sequences."""
+        return decoder.token_logprobs(self.config, params, tokens)
+
+
+class Batch(NamedTuple):
+    """One optimizer step's sequences; without the axis k, one microbatch.
+
+    Attributes:
+        tokens: (k, b, T) int32.
+        coefficients: (k, b) float32, each sequence's weight in the loss gradient.
+        old_logprobs: (k, b, T - 1) float32, what the clipped loss compares with.
+    """
+
+    tokens: jax.Array
+    coefficients: jax.Array
+    old_logprobs: jax.Array
+
+
+SIZES: dict[Size, Case] = {
+    "micro": Case(
+        decoder.DecoderConfig(
+            vocab=64, width=32, layers=2, heads=2, kv_heads=1, head_dim=16, hidden=48
+        ),
+        sequences=3,
+        tokens=12,
+        microbatches=2,
+    ),
+    "tiny": Case(
+        decoder.DecoderConfig(
+            vocab=2048, width=256, layers=4, heads=4, kv_heads=2, head_dim=64, hidden=768
+        ),
+        sequences=8,
+        tokens=256,
+        microbatches=4,
+    ),
+    "small": Case(
+        decoder.DecoderConfig(
+            vocab=8192, width=768, layers=12, heads=12, kv_heads=4, head_dim=64, hidden=2304
+        ),
+        sequences=8,
+        tokens=256,
+        microbatches=2,
+    ),
+    "qwen3-0.6b": Case(
+        decoder.DecoderConfig(
+            vocab=151_936,
+            width=1024,
+            layers=28,
+            heads=16,
+            kv_heads=8,
+            head_dim=128,
+            hidden=3072,
+            dtype="bfloat16",
+        ),
+        sequences=8,
+        tokens=1536,
+        microbatches=2,
+    ),
+}
+
+
+def inputs(case: Case, seed: int) -> tuple[decoder.Params, Batch]:
+    """Random parameters and a random batch; the old policy is the present one."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = jax.jit(decoder.init, static_argnums=0)(case.config, keys[0])
+    shape = (case.microbatches, case.sequences)
+    tokens = jax.random.randint(keys[1], (*shape, case.tokens), 0, case.config.vocab)
+    advantages = jax.random.normal(keys[2], shape)
+    old_logprobs = jax.jit(lambda: jax.lax.map(lambda t: case.token_logprobs(params, t), tokens))()
+    return params, Batch(tokens, -advantages / jnp.float32(tokens.size), old_logprobs)

@@ -102,13 +102,14 @@ def _mask_leaves(mask: Mask, updates: Any) -> list[bool]:
     return jax.tree.leaves(expanded)
 
 
+def norm(arrays: Sequence[jax.Array]) -> jax.Array:
+    """() float32, the norm of all arrays together."""
+    norms = [layer_norms(array).astype(jnp.float32) for array in arrays]
+    return layer_norms(jnp.stack(norms)) if norms else jnp.zeros((), jnp.float32)
+
+
 def fraction(removed: Sequence[jax.Array], whole: Sequence[jax.Array]) -> jax.Array:
     """‖removed‖ / ‖whole‖, each over all its arrays; 0 where both are zero. Float32."""
-
-    def norm(arrays: Sequence[jax.Array]) -> jax.Array:
-        norms = [layer_norms(array).astype(jnp.float32) for array in arrays]
-        return layer_norms(jnp.stack(norms)) if norms else jnp.zeros((), jnp.float32)
-
     return divide(norm(removed), norm(whole))
 
 

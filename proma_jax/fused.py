@@ -138,8 +138,7 @@ def accumulated_gradient(
                 logprobs, divide(removed, length), divide(removed_intra, own), aux
             )
             totals = [total + part for total, part in zip(totals, parts, strict=True)]
-            length = _norm_of(jnp.stack([_norm_of(total) for total in totals]))
-            return (totals, length), metrics
+            return (totals, _options.norm(totals)), metrics
 
         zeros = [jnp.zeros(shape, accumulator_dtype) for shape in plan.shapes]
         start = zeros, jnp.zeros((), jnp.float32)
@@ -491,6 +490,7 @@ class _Plan:
             for use, grads in zip(uses, output_grads, strict=True)
         ]
         scores: list[ScoreLeaf] = []
+        read: dict[int, tuple[Array, Array]] = {}
         for use, (operand, grads) in zip(uses, arranged, strict=True):
             num_layer_axes = use.num_layer_axes - use.num_stacks
             if isinstance(use.operation, _jaxpr.Lookup):
@@ -498,8 +498,10 @@ class _Plan:
                 scores.append(LookupFactors(operand, grads, rows, num_layer_axes))
             else:
                 alike = [i for i, other in enumerate(uses) if other.reads_like(use)]
-                in_loss = capture.any_nonzero([arranged[i][1] for i in alike])
-                inputs = arranged[alike[0]][0]
+                if alike[0] not in read:
+                    in_loss = capture.any_nonzero([arranged[i][1] for i in alike])
+                    read[alike[0]] = operand, in_loss
+                inputs, in_loss = read[alike[0]]
                 scores.append(LayerFactors(inputs, grads, num_layer_axes, in_loss=in_loss))
         specs = [self.leaves[use.leaf] for use in uses]
         totals = [total for total, _ in slots]

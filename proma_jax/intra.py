@@ -98,8 +98,8 @@ class Intra:
 
     def rank_of(self, factors: LayerFactors) -> int:
         """The rank of the subspaces of a layer with these factors."""
-        num_tokens = math.prod(factors.tokens_in_loss().shape[-2:])
-        return self.rank_in(num_tokens, factors.inputs.shape[-1], factors.output_grads.shape[-1])
+        num_tokens, d_in = factors.rows("inputs").shape[-2:]
+        return self.rank_in(num_tokens, d_in, factors.output_grads.shape[-1])
 
     def directions(
         self, factors: Sequence[LayerFactors], start: Start
@@ -107,7 +107,8 @@ class Intra:
         """What spans the dominant subspaces of each leaf's inputs and output gradients.
 
         Args:
-          factors: of each leaf. Leaves with one array of inputs share its directions.
+          factors: of each leaf. Leaves with the same arrays `inputs` and `in_loss` share the
+            directions of their inputs.
           start: of the subspace iteration.
 
         Returns:
@@ -116,13 +117,14 @@ class Intra:
         matrices: dict[Any, tuple[jax.Array, jax.Array | None]] = {}
         keys: list[tuple[Any, Any]] = []
         for leaf in factors:
-            rank, d_out = self.rank_of(leaf), leaf.output_grads.shape[-1]
-            of_inputs = rank, leaf.inputs.shape[-1], leaf.layer_shape, id(leaf.inputs)
-            of_grads = rank, d_out, leaf.layer_shape, "output_grads", len(keys)
-            inputs = leaf.rows("inputs")
+            inputs, output_grads = leaf.rows("inputs"), leaf.rows("output_grads")
             in_loss = leaf.tokens_in_loss().reshape(inputs.shape[:-1])
-            matrices[of_inputs] = inputs, in_loss
-            matrices[of_grads] = leaf.rows("output_grads"), None
+            own = (len(keys),)
+            shared = own if leaf.in_loss is None else (id(leaf.inputs), id(leaf.in_loss))
+            rank, layers = self.rank_of(leaf), leaf.layer_shape
+            of_inputs = rank, inputs.shape[-1], layers, "inputs", shared
+            of_grads = rank, output_grads.shape[-1], layers, "output_grads", own
+            matrices |= {of_inputs: (inputs, in_loss), of_grads: (output_grads, None)}
             keys.append((of_inputs, of_grads))
         alike: dict[Any, list[Any]] = collections.defaultdict(list)
         for key in matrices:

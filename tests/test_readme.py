@@ -11,13 +11,14 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 def test_the_code_of_the_readme_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     printed = capsys.readouterr().out
     assert "updated: True, removed: 0." in printed
     assert "LookupFactors" in printed
+    assert "intra: [0." in printed
 
     microbatch = {"tokens": names["tokens"][:8], "mask": names["mask"][:8]}
     for chain in ("intra", "both"):

@@ -696,7 +696,7 @@ def _node(
 
 
 def _for_each(coefficients: Array, x: Array) -> Array:
-    """(b, *x.shape): x for each sequence, sharded like the coefficients."""
+    """(b, *x.shape): x for each sequence; `where` lends it the sharding of the coefficients."""
 
     def of_one(coefficient: Array, x: Array) -> Array:
         return jnp.where(coefficient == coefficient, x, x)

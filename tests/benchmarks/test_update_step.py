@@ -15,7 +15,17 @@ import tyro
 from matplotlib import image
 
 import proma_jax as proma
-from benchmarks import cases, decoder, growth, measure, methods, naive, roofline, update_step
+from benchmarks import (
+    cases,
+    decoder,
+    forms,
+    growth,
+    measure,
+    methods,
+    naive,
+    roofline,
+    update_step,
+)
 
 LAYOUTS = {
     "unrolled": {},
@@ -278,3 +288,16 @@ def test_help_explains_every_setting(name, capsys):
 def test_update_step_wants_a_baseline():
     with pytest.raises(ValueError, match="plain_sum"):
         update_step.Command(methods=("accumulation",))
+
+
+def test_forms_agree_and_write_a_table(tmp_path, capsys):
+    command = forms.Command(shapes=((4, 3),), tokens=(2, 40), repeats=1, directory=tmp_path)
+    forms.main(command)
+    rows = json.loads((tmp_path / "forms.json").read_text())["rows"]
+    assert [row["chosen"] for row in rows] == ["factors", "dense"]
+    assert "forms.json" in capsys.readouterr().out.replace("\n", "")
+    rng = np.random.default_rng(0)
+    factors = proma.LayerFactors(*(jnp.asarray(rng.normal(size=(3, 5, d))) for d in (4, 3)))
+    total, coefficients = jnp.ones((4, 3)), jnp.ones(3)
+    dense = forms.microbatch(total, factors.dense(), coefficients)
+    np.testing.assert_allclose(forms.microbatch(total, factors, coefficients), dense, rtol=1e-4)

@@ -187,6 +187,10 @@ def _kind(method: str) -> str:
     return next((kind for kind in _STYLES if kind in method.split("_")), "both")
 
 
+def _label(method: str) -> str:
+    return method.format(rank="r")
+
+
 def _expected(method: str, variable: Variable) -> tuple[int, ...]:
     return _EXPECTED.get(_kind(method), {}).get(variable, ())
 
@@ -207,7 +211,7 @@ def _draw(rows: Rows, command: Command, path: pathlib.Path) -> None:
                 values = np.array([value for value, _ in points])
                 spread = np.array([list(quartiles.values()) for _, quartiles in points])
                 middle, lower, upper = spread.T
-                label = f"{method}: beyond plain" if method != _PLAIN else _PLAIN
+                label = _label(method) + (": beyond plain" if method != _PLAIN else "")
                 whiskers = [np.minimum(middle - lower, 0.9 * middle), upper - middle]
                 panel.errorbar(
                     values, middle, whiskers, color=colour, marker=".", capsize=2, label=label
@@ -217,7 +221,7 @@ def _draw(rows: Rows, command: Command, path: pathlib.Path) -> None:
                         guide = middle[-1] * (values / values[-1]) ** power
                         panel.plot(values, guide, "--", color=colour, linewidth=0.8, alpha=0.6)
         costs.set(xscale="log", yscale="log", title=variable)
-        ratios.set(xscale="log", yscale="log", xlabel=variable)
+        ratios.set(xscale="log", xlabel=variable)
         ratios.axhline(1, color="black", linewidth=1)
         values = getattr(command, variable)
         ratios.set_xticks(values, map(str, values))
@@ -251,7 +255,7 @@ def _table(rows: Rows, command: Command) -> table.Table:
             found = slope(rows, variable, method)
             shown.add_row(
                 variable,
-                method,
+                _label(method),
                 "none" if found is None else f"{found:.2f}",
                 " to ".join(map(str, _expected(method, variable))),
                 f"{ratios[0]:.3f}",

@@ -16,7 +16,9 @@ intra, at every microbatch
 
 What takes the longer, arithmetic or memory, counts, at the measured ceilings. Plain is timed, and
 the least ratio is 1 + least extra seconds / plain's seconds: a method that does plain's work as
-plain does cannot be faster. Fusing away a round of memory that plain makes is not ruled out.
+plain does cannot be faster, as long as what it reads comes from memory: the bandwidth is that of
+arrays well above the cache's size, and a small kernel's scores fit into the cache. Fusing away a
+round of memory that plain makes is not ruled out either.
 """
 
 import dataclasses

@@ -91,8 +91,10 @@ class UnitProducts(NamedTuple):
 
     def lengths(self, weights: jax.Array) -> jax.Array:
         """(*layers,) norms of Σ_i weights_i ŝ_i."""
-        squares = contract("...i,...ij,...j->...", weights, self.gram, weights)
-        return _sqrt(jnp.where(squares < 0, 0, squares))
+        size = jnp.max(jnp.abs(weights), axis=-1, keepdims=True, initial=0)
+        moderate = divide(weights, size)
+        squares = contract("...i,...ij,...j->...", moderate, self.gram, moderate)
+        return size[..., 0] * _sqrt(jnp.where(squares < 0, 0, squares))
 
 
 def unit_products(scores: ScoreLeaf, layers: jax.Array) -> UnitProducts:

@@ -63,6 +63,17 @@ def test_dense_scores_match_float64(seed, b, shape, solver, shrinkage, bound, ex
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_bound_holds_at_every_scale_of_the_gradients(solver, scale):
+    rng = np.random.default_rng(0)
+    gradient, update, values = (normal(rng, *shape) for shape in ((4, 3), (4, 3), (2, 4, 3)))
+    options = {"solver": solver, "relative_bound": 0.1}
+    expected = run(gradient, update, DenseScores(values), **options)
+    actual = run(gradient * scale, update * scale, DenseScores(values), **options)
+    assert relative_error(actual / scale, expected, expected) < 1e-5
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(
     ("tokens", "d_in", "d_out"),
     [(2, 12, 9), (20, 4, 3), (5, 1, 6), (1, 3, 3)],

@@ -138,6 +138,24 @@ def test_an_unrolled_model_gives_what_its_scanned_twin_gives():
         assert_close(results[1], stack(results[0]), 1e-4)
 
 
+def test_kernels_that_share_an_input_share_the_tokens_that_count():
+    """The query reads the last token only, the key all: both bases of the input are of all."""
+
+    def logprob_fn(params, x):
+        return jnp.sum(jnp.sin(x @ params["query"])[-1]) + jnp.sum(jnp.cos(x @ params["key"]))
+
+    params = models.kernels(query=(5, 4), key=(5, 4))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(K, 2, 6, 5)), jnp.float32)
+    model = models.Model(logprob_fn, params, x[0])
+    _, scores = proma.sequence_scores(logprob_fn)(params, x[0])
+    assert scores["query"].in_loss.all()
+    assert jnp.sum(jnp.any(scores["query"].output_grads != 0, axis=-1)) == 2
+    coefficients, intra = jnp.ones((K, 2)), proma.Intra(rank=2)
+    actual, _ = proma.accumulated_gradient(logprob_fn, intra=intra)(params, x, coefficients)
+    expected, _, _ = by_transformations(model, x, coefficients, None, intra)
+    assert_close(actual, expected)
+
+
 def test_schedules_and_starts_go_on_from_step_to_step():
     model = models.MODELS["mlp"]()
     batch, coefficients = step_of(model)

@@ -64,6 +64,17 @@ def test_dense_scores_match_float64(seed, b, shape, solver, shrinkage, bound, ex
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_scale_of_the_scores_does_not_matter(solver, scale):
+    rng = np.random.default_rng(0)
+    gradient, update, values = (normal(rng, *shape) for shape in ((4, 3), (4, 3), (2, 4, 3)))
+    values = values * jnp.asarray([scale, 1.0])[:, None, None]
+    actual = run(gradient, update, DenseScores(values), solver=solver)
+    expected = oracles.removed(gradient, update, values, solver=solver)
+    assert relative_error(actual, expected, expected) < 1e-5
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_the_bound_holds_at_every_scale_of_the_gradients(solver, scale):
     rng = np.random.default_rng(0)
     gradient, update, values = (normal(rng, *shape) for shape in ((4, 3), (4, 3), (2, 4, 3)))

@@ -690,12 +690,16 @@ class Program:
         groups = self.groups[leaf]
         return self.taps[groups[0][0]].view if len(groups) == 1 else View()
 
-    def factor_sizes(self, leaf: int) -> tuple[int, int, int, Any]:
-        """Tokens of a sequence, d_in, d_out and the inputs' type, of a leaf with factors."""
-        shapes = [jax.eval_shape(self.taps[path].zero_factors) for path in self.paths(leaf)]
-        (inputs, output_grads), *_ = shapes
-        tokens = sum(grads.shape[-2] for _, grads in shapes)
-        return tokens, inputs.shape[-1], output_grads.shape[-1], inputs.dtype
+    @functools.cached_property
+    def factor_shapes(self) -> dict[int, tuple[int, Any, Any]]:
+        """For each leaf with LayerFactors a sequence's tokens, and its first use's factors."""
+        shapes = {}
+        for leaf in self.groups:
+            if self.kind(leaf) is LayerFactors:
+                of_uses = [jax.eval_shape(self.taps[p].zero_factors) for p in self.paths(leaf)]
+                tokens = sum(grads.shape[-2] for _, grads in of_uses)
+                shapes[leaf] = tokens, *of_uses[0]
+        return shapes
 
     def leaf(self, leaf: int, taps: dict[Path, tuple[Array, Array]], dtype: Any) -> ScoreLeaf:
         """A leaf's scores for one sequence, from the gradients of its probes."""
@@ -719,8 +723,9 @@ class Program:
         """(*layers, tokens) bool: where any kernel that shares the input has a gradient."""
         members = self.members[self.reporter[path]]
         alike = [p for p in members if self.taps[p].reads_like(self.taps[path])]
-        grads = [self.taps[p].factors(taps[self.reporter[p]][0], taps[p][1])[1] for p in alike]
-        return any_nonzero(grads)
+        return any_nonzero(
+            [self.taps[p].arrange(taps[p][1], self.taps[p].operation.output_axes) for p in alike]
+        )
 
     def dense_leaf(self, leaf: int, gradient: Array) -> DenseScores:
         """A dense leaf's scores for one sequence."""

@@ -311,16 +311,17 @@ class _Plan:
             start = self.intra.start(jax.random.key(self.intra.seed), taken)
             for leaf, spec in enumerate(self.leaves):
                 if spec.intra:
-                    rank, *dimensions = self._sizes(leaf, batch_size)
-                    dtype = self.program.factor_sizes(leaf)[-1]
-                    for d in dimensions:
-                        starts[_name(rank, d)] = start(rank, d, dtype)
+                    rank, d_in, d_out = self._sizes(leaf, batch_size)
+                    _, inputs, _ = self.program.factor_shapes[leaf]
+                    for d in d_in, d_out:
+                        starts[_name(rank, d)] = start(rank, d, inputs.dtype)
         return _Numbers(removes, accumulation, shrinkage, starts)
 
     def _sizes(self, leaf: int, batch_size: int) -> tuple[int, int, int]:
         """Rank of the intra variant, d_in and d_out of a leaf."""
         assert self.intra is not None
-        tokens, d_in, d_out, _ = self.program.factor_sizes(leaf)
+        tokens, inputs, output_grads = self.program.factor_shapes[leaf]
+        d_in, d_out = inputs.shape[-1], output_grads.shape[-1]
         return self.intra.rank_in(batch_size * tokens, d_in, d_out), d_in, d_out
 
     def _place(self, path: Path, batch_size: int) -> _Place:
@@ -330,7 +331,7 @@ class _Plan:
         if not self.leaves[use.leaf].waits:
             return places
         rank, d_in, d_out = self._sizes(use.leaf, batch_size)
-        _, grads = jax.eval_shape(use.zero_factors)
+        _, _, grads = self.program.factor_shapes[use.leaf]
         dtype, layers = wide_dtype(grads.dtype), grads.shape[:-2]
         if self._owner(path, batch_size) == path:
             places = places._replace(of_inputs=jnp.zeros((*layers, rank, d_in), dtype))

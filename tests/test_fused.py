@@ -35,7 +35,7 @@ def step_of(model, k=K, seed=0):
     return jax.tree.map(lambda x: x[order], model.microbatch), coefficients
 
 
-def by_transformations(model, batch, coefficients, accumulation, intra, has_aux=False):
+def by_transformations(model, batch, coefficients, accumulation, intra):
     """The gradient that the inner optimizer gets, and what was removed at each microbatch."""
     k = coefficients.shape[0]
     settings = {} if accumulation is None else vars(accumulation)
@@ -45,7 +45,7 @@ def by_transformations(model, batch, coefficients, accumulation, intra, has_aux=
     tx = accumulate
     if intra is not None:
         tx = optax.chain(proma.project_intra(**vars(intra)), accumulate)
-    scores_fn = proma.sequence_scores(model.logprob_fn, has_aux=has_aux)
+    scores_fn = proma.sequence_scores(model.logprob_fn)
 
     def one(state, inputs):
         microbatch, weights = inputs

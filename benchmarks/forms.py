@@ -7,7 +7,6 @@ between the two by a static rule; the table shows what its choice costs beyond t
 """
 
 import dataclasses
-import json
 import pathlib
 
 import jax.numpy as jnp
@@ -86,13 +85,8 @@ def main(command: Command) -> None:
             rows[-1] |= {"seconds": seconds, "regret": regret}
             cells = [f"{1e3 * medians[form]:.3f}" for form in forms]
             shown.add_row(f"{d_in} x {d_out}", str(tokens), *cells, chosen, f"{regret:.2f}")
-    results = {
-        "command": dataclasses.asdict(command),
-        "environment": records.environment(),
-        "rows": rows,
-    }
     file = command.directory / "forms.json"
-    file.write_text(json.dumps(results, indent=2, default=str) + "\n")
+    measure.save(file, command, records.environment(), rows=rows)
     terminal.print(shown)
     terminal.print(f"Settings, environment, all times: {file}", highlight=False)
 

@@ -18,7 +18,6 @@ intra
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any, Literal, get_args
@@ -285,13 +284,7 @@ def main(command: Command) -> None:
         variable: {method: slope(rows, variable, method) for method in (_PLAIN, *command.methods)}
         for variable in command.variables
     }
-    results = {
-        "command": dataclasses.asdict(command),
-        "environment": environment,
-        "slopes": slopes,
-        "points": rows,
-    }
-    files[0].write_text(json.dumps(results, indent=2, default=str) + "\n")
+    measure.save(files[0], command, environment, slopes=slopes, points=rows)
     _draw(rows, command, files[1])
     terminal.print(_table(rows, command))
     terminal.print(

@@ -7,6 +7,8 @@ and is dropped.
 """
 
 import dataclasses
+import json
+import pathlib
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +51,12 @@ class Quartiles(NamedTuple):
     median: float
     lower: float
     upper: float
+
+
+def save(file: pathlib.Path, command: Any, environment: Mapping[str, Any], **results: Any) -> None:
+    """Writes a benchmark's settings, its environment and its results as JSON."""
+    content = {"command": dataclasses.asdict(command), "environment": environment, **results}
+    file.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def quartiles(values: Sequence[float] | np.ndarray) -> Quartiles:

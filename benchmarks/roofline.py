@@ -22,7 +22,6 @@ round of memory that plain makes is not ruled out either.
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -188,17 +187,17 @@ def main(command: Command) -> None:
     terminal.print(shown)
     command.directory.mkdir(parents=True, exist_ok=True)
     file = command.directory / "roofline.json"
-    results = {
-        "command": dataclasses.asdict(command),
-        "case": dataclasses.asdict(case),
-        "environment": environment,
-        "ceilings": {dtype: ceiling._asdict() for dtype, ceiling in found.items()},
-        "plain": plain,
-        "plain_seconds": measured[plain].seconds,
-        "plain_step_flops": flops,
-        "bounds": bounds,
-    }
-    file.write_text(json.dumps(results, indent=2, default=str) + "\n")
+    measure.save(
+        file,
+        command,
+        environment,
+        case=dataclasses.asdict(case),
+        ceilings={dtype: ceiling._asdict() for dtype, ceiling in found.items()},
+        plain=plain,
+        plain_seconds=measured[plain].seconds,
+        plain_step_flops=flops,
+        bounds=bounds,
+    )
     terminal.print(f"Settings, environment, all numbers: {file}", highlight=False)
 
 

@@ -5,7 +5,6 @@ itself. A ratio is to the fastest way of computing plain policy gradient in the 
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any, Literal
@@ -179,19 +178,19 @@ def main(command: Command) -> None:
     plain = measure.fastest(measured, methods.PLAIN)
     summary = _summary(measured, plain, parameter_bytes)
     rate = step_flops / summary[plain]["seconds_quartiles"]["median"]
-    results = {
-        "command": dataclasses.asdict(command),
-        "case": dataclasses.asdict(case),
-        "environment": environment,
-        "parameters": parameters,
-        "parameter_bytes": parameter_bytes,
-        "plain": plain,
-        "plain_step_flops": step_flops,
-        "plain_flops_per_second": rate,
-        "methods": summary,
-    }
     files = [directory / "results.json", directory / "ratios.png"]
-    files[0].write_text(json.dumps(results, indent=2, default=str) + "\n")
+    measure.save(
+        files[0],
+        command,
+        environment,
+        case=dataclasses.asdict(case),
+        parameters=parameters,
+        parameter_bytes=parameter_bytes,
+        plain=plain,
+        plain_step_flops=step_flops,
+        plain_flops_per_second=rate,
+        methods=summary,
+    )
     _draw(summary, plain, command.name, files[1])
 
     terminal.print(_table(summary, plain, command.name))

@@ -3,6 +3,7 @@
 from proma_jax import policy_gradient
 from proma_jax.accumulation import AccumulateState, Accumulation, accumulate, has_updated
 from proma_jax.capture import check_scores, describe_scores, sequence_scores
+from proma_jax.checkpoints import check_restorable
 from proma_jax.fused import GradientMetrics, accumulated_gradient
 from proma_jax.intra import Intra, ProjectIntraState, project_intra
 from proma_jax.scores import DenseScores, LayerFactors, LookupFactors, weighted_sum
@@ -18,6 +19,7 @@ __all__ = [
     "ProjectIntraState",
     "accumulate",
     "accumulated_gradient",
+    "check_restorable",
     "check_scores",
     "describe_scores",
     "has_updated",

@@ -44,6 +44,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from proma_jax import _options
+from proma_jax.checkpoints import state_version
 from proma_jax.projection import Solver, removed_part
 from proma_jax.scores import DenseScores, LayerFactors, ScoreLeaf, match_scores
 
@@ -108,6 +109,7 @@ class AccumulateState(NamedTuple):
       acc_grads: G, shaped like the parameters.
       projected_fraction: () float32, ‖removed‖ / ‖G‖ over all leaves, for the latest microbatch.
       skip_state: what `should_skip_update_fn` last returned beside its verdict.
+      version: () int32, of the state's format; see `check_restorable`.
     """
 
     mini_step: jax.Array
@@ -116,6 +118,7 @@ class AccumulateState(NamedTuple):
     acc_grads: Any
     projected_fraction: jax.Array
     skip_state: Any
+    version: jax.Array
 
 
 def accumulate(
@@ -206,6 +209,7 @@ def accumulate(
             acc_grads=optax.tree.zeros_like(params, dtype=accumulator_dtype),
             projected_fraction=jnp.zeros((), jnp.float32),
             skip_state=optax.tree.zeros_like(skip_state),
+            version=state_version(),
         )
 
     def update_fn(
@@ -274,6 +278,7 @@ def accumulate(
             acc_grads=jax.tree.map(lambda x: jnp.where(emits, 0, x), total),
             projected_fraction=jnp.where(skip, 0, fraction),
             skip_state=skip_state,
+            version=state.version,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import optax
 
 from proma_jax import _options
+from proma_jax.checkpoints import state_version
 from proma_jax.scores import LayerFactors, contract, match_scores, wide
 from proma_jax.subspace import (
     Orthonormalization,
@@ -181,11 +182,13 @@ class ProjectIntraState(NamedTuple):
       step: () int32, updates so far; what schedules count.
       rng_key: data of the PRNG key that, folded with `step`, starts a microbatch's bases.
       projected_fraction: () float32, ‖removed‖ / ‖g‖ over all leaves, for the latest microbatch.
+      version: () int32, of the state's format; see `check_restorable`.
     """
 
     step: jax.Array
     rng_key: jax.Array
     projected_fraction: jax.Array
+    version: jax.Array
 
 
 def project_intra(
@@ -234,6 +237,7 @@ def project_intra(
             step=jnp.zeros((), jnp.int32),
             rng_key=jax.random.key_data(jax.random.key(seed)),
             projected_fraction=jnp.zeros((), jnp.float32),
+            version=state_version(),
         )
 
     def update_fn(
@@ -267,7 +271,9 @@ def project_intra(
             for (_, update, _), project in zip(matched, projects, strict=True)
         ]
         fraction = _options.fraction(removed, jax.tree.leaves(updates))
-        new_state = ProjectIntraState(optax.safe_increment(state.step), state.rng_key, fraction)
+        new_state = state._replace(
+            step=optax.safe_increment(state.step), projected_fraction=fraction
+        )
         return _options.with_leaves(updates, projected), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

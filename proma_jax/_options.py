@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from proma_jax.projection import layer_norms
-from proma_jax.scores import divide
+from proma_jax.scores import AxisName, divide, wide
 
 Number = ArrayLike | Callable[[jax.Array], ArrayLike]
 Mask = Any | Callable[[Any], Any]
@@ -102,15 +102,28 @@ def _mask_leaves(mask: Mask, updates: Any) -> list[bool]:
     return jax.tree.leaves(expanded)
 
 
-def norm(arrays: Sequence[jax.Array]) -> jax.Array:
-    """() float32, the norm of all arrays together."""
+def mean(arrays: Any, axis_name: AxisName) -> Any:
+    """Arrays' means over mapped axes, taken in at least float32, in their own types."""
+    if axis_name is None:
+        return arrays
+    return jax.tree.map(lambda x: jax.lax.pmean(wide(x), axis_name).astype(x.dtype), arrays)
+
+
+def norm(arrays: Sequence[jax.Array], axis_name: AxisName = None) -> jax.Array:
+    """() float32, the norm of all arrays together, and of all devices' along mapped axes."""
     norms = [layer_norms(array).astype(jnp.float32) for array in arrays]
-    return layer_norms(jnp.stack(norms)) if norms else jnp.zeros((), jnp.float32)
+    together = layer_norms(jnp.stack(norms)) if norms else jnp.zeros((), jnp.float32)
+    if axis_name is None:
+        return together
+    size = jax.lax.pmax(together, axis_name)
+    return size * jnp.sqrt(jax.lax.psum(divide(together, size) ** 2, axis_name))
 
 
-def fraction(removed: Sequence[jax.Array], whole: Sequence[jax.Array]) -> jax.Array:
-    """‖removed‖ / ‖whole‖, each over all its arrays; 0 where both are zero. Float32."""
-    return divide(norm(removed), norm(whole))
+def fraction(
+    removed: Sequence[jax.Array], whole: Sequence[jax.Array], axis_name: AxisName = None
+) -> jax.Array:
+    """‖removed‖ / ‖whole‖, each as of `norm`; 0 where both are zero. Float32."""
+    return divide(norm(removed, axis_name), norm(whole, axis_name))
 
 
 def with_leaves(tree: Any, leaves: Sequence[jax.Array]) -> Any:

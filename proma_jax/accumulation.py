@@ -36,17 +36,21 @@ Example:
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from proma_jax import _options
+from proma_jax._mesh import automatic, spec_of
 from proma_jax.checkpoints import state_version
 from proma_jax.projection import Solver, removed_part
-from proma_jax.scores import DenseScores, LayerFactors, ScoreLeaf, match_scores
+from proma_jax.scores import AxisName, DenseScores, LayerFactors, ScoreLeaf, match_scores
+
+Sync = Literal["microbatch", "emit"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +139,8 @@ def accumulate(
     accumulator_dtype: DTypeLike = "float32",
     mask: _options.Mask = None,
     should_skip_update_fn: optax.ShouldSkipUpdateFunction | None = None,
+    axis_name: AxisName = None,
+    sync: Sync = "microbatch",
 ) -> optax.GradientTransformationExtraArgs:
     """Accumulates microbatches, projecting G orthogonal to each one's scores on the way.
 
@@ -175,6 +181,15 @@ def accumulate(
       should_skip_update_fn: as in `optax.MultiSteps`, e.g. `optax.skip_not_finite`. A microbatch
         whose updates it rejects, or whose scores hold NaN or infinity, contributes and removes
         nothing, but counts towards k. Default: None, nothing is skipped.
+      axis_name: of one or several mapped axes, inside `jax.shard_map` or `jax.pmap`, as of
+        `jax.lax.pmean`: each device has sequences, their scores and their gradient of its own, and
+        the microbatch's gradient is the mean over the axis. Default: None; arrays that are spread
+        over a mesh under `jax.jit` need none and make one microbatch.
+      sync: with `axis_name`, when the devices' parts are brought together. "microbatch" (default):
+        the span is that of all devices' scores, and the result, the same on all, that of one device
+        with all sequences. "emit": every device projects a running gradient of its own with its own
+        scores only, and the mean of these goes to `inner`; nothing is communicated before that.
+        `acc_grads`, `projected_fraction` and `skip_state` then differ from device to device.
 
     Under `optax.inject_hyperparams`, name in its static_args what is not a number:
     every_k_schedule, mask and should_skip_update_fn.
@@ -197,6 +212,11 @@ def accumulate(
     options = Accumulation(solver, ridge, shrinkage, relative_bound, skip_fraction, rtol, mask)
     if accumulator_dtype is None or not jnp.issubdtype(accumulator_dtype, jnp.floating):
         raise ValueError(f"{accumulator_dtype=} must be a floating point type, like 'float32'.")
+    _options.check_choice("sync", sync, get_args(Sync))
+    if sync == "emit" and axis_name is None:
+        raise ValueError("sync='emit' needs the axis_name of what is brought together then.")
+    together = axis_name if sync == "microbatch" else None
+    at_emission = axis_name if sync == "emit" else None
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> AccumulateState:
@@ -221,37 +241,63 @@ def accumulate(
         **extra: Any,
     ) -> tuple[Any, AccumulateState]:
         _check_state(updates, state.acc_grads)
+        updates = _options.mean(updates, together)
         matched = match_scores(updates, scores)
         step, m = state.gradient_step, state.mini_step
         k = _options.at_step(every_k_schedule, step)
         projects = options.projects([(path, type(leaf)) for path, _, leaf in matched], updates)
         accumulated, numbers = jax.tree.leaves(state.acc_grads), options.at_step(step)
-        removes = options.removes(m, k, step)
-
-        def removed_from(gradient: jax.Array, update: jax.Array, leaf: ScoreLeaf) -> jax.Array:
-            leaf = leaf.compact()  # outside of the branch: `weighted_sum` has made it already
-
-            def remove() -> jax.Array:
-                part = removed_part(gradient, update, leaf, solver=solver, rtol=rtol, **numbers)
-                return part.astype(accumulator_dtype)
-
-            return jax.lax.cond(removes, remove, lambda: jnp.zeros_like(gradient))
-
-        removed = [
-            removed_from(gradient, update, leaf)
-            if leaf is not None and project
-            else jnp.zeros_like(gradient)
-            for gradient, (_, update, leaf), project in zip(
-                accumulated, matched, projects, strict=True
-            )
+        chosen = [
+            leaf if project else None
+            for (_, _, leaf), project in zip(matched, projects, strict=True)
         ]
-        summed = [
-            (gradient - part + update).astype(accumulator_dtype)
-            for gradient, part, (_, update, _) in zip(accumulated, removed, matched, strict=True)
-        ]
-        fraction = _options.fraction(removed, accumulated)
 
-        skip, skip_state = _judge(should_skip_update_fn, updates, scores, step, params)
+        def add(
+            accumulated: list[jax.Array],
+            updates: list[jax.Array],
+            chosen: list[ScoreLeaf | None],
+            numbers: dict[str, Any],
+            removes: jax.Array,
+        ) -> tuple[list[jax.Array], jax.Array]:
+            def removed_from(
+                gradient: jax.Array, update: jax.Array, leaf: ScoreLeaf | None
+            ) -> jax.Array:
+                if leaf is None:
+                    return jnp.zeros_like(gradient)
+                leaf = leaf.compact()  # outside of the branch: `weighted_sum` has made it already
+
+                def remove() -> jax.Array:
+                    part = removed_part(
+                        gradient,
+                        update,
+                        leaf,
+                        solver=solver,
+                        rtol=rtol,
+                        axis_name=together,
+                        **numbers,
+                    )
+                    return part.astype(accumulator_dtype)
+
+                return jax.lax.cond(removes, remove, lambda: jnp.zeros_like(gradient))
+
+            removed = list(map(removed_from, accumulated, updates, chosen))
+            summed = [
+                (gradient - part + update).astype(accumulator_dtype)
+                for gradient, part, update in zip(accumulated, removed, updates, strict=True)
+            ]
+            return summed, _options.fraction(removed, accumulated)
+
+        summed, fraction = automatic(
+            add,
+            ([spec_of(gradient) for gradient in accumulated], PartitionSpec()),
+            accumulated,
+            jax.tree.leaves(updates),
+            chosen,
+            numbers,
+            options.removes(m, k, step),
+        )
+
+        skip, skip_state = _judge(should_skip_update_fn, updates, scores, step, params, together)
         total = _options.with_leaves(
             state.acc_grads,
             [jnp.where(skip, old, new) for old, new in zip(accumulated, summed, strict=True)],
@@ -259,6 +305,7 @@ def accumulate(
         emits = m >= k - 1
 
         def emit(total: Any, inner_state: Any) -> tuple[Any, Any]:
+            total = _options.mean(total, at_emission)
             whole = jax.tree.map(lambda x: x / k, total) if use_grad_mean else total
             gradient = optax.tree.cast_like(whole, updates)
             new_updates, new_state = inner.update(gradient, inner_state, params, **extra)
@@ -266,9 +313,7 @@ def accumulate(
 
         def hold(total: Any, inner_state: Any) -> tuple[Any, Any]:
             shapes, _ = jax.eval_shape(emit, total, inner_state)
-            return jax.tree.map(
-                lambda x, s: jnp.zeros_like(x, s.dtype), updates, shapes
-            ), inner_state
+            return jax.tree.map(jnp.zeros_like, shapes), inner_state
 
         new_updates, inner_state = jax.lax.cond(emits, emit, hold, total, state.inner_opt_state)
         return new_updates, AccumulateState(
@@ -336,10 +381,14 @@ def _judge(
     scores: Any,
     step: jax.Array,
     params: Any,
+    axis_name: AxisName = None,
 ) -> tuple[jax.Array, Any]:
     """Whether to skip a microbatch, and what the user's function says beside that."""
     if should_skip_update_fn is None:
         return jnp.asarray(False), ()
     skip, skip_state = should_skip_update_fn(updates, step, params)
-    finite = [jnp.all(jnp.isfinite(array)) for array in jax.tree.leaves(scores)]
-    return skip | ~jnp.all(jnp.asarray(finite)), skip_state
+    finite = jnp.asarray([jnp.all(jnp.isfinite(array)) for array in jax.tree.leaves(scores)])
+    skip = skip | ~jnp.all(finite)
+    if axis_name is not None:
+        skip = jax.lax.pmax(skip.astype(jnp.int32), axis_name) > 0
+    return skip, skip_state

@@ -42,6 +42,7 @@ import optax
 from jax.extend import core
 
 from proma_jax import _jaxpr
+from proma_jax._mesh import axis_names, without_batch_axes
 from proma_jax.scores import (
     DenseScores,
     LayerFactors,
@@ -50,6 +51,7 @@ from proma_jax.scores import (
     SumScores,
     View,
     weighted_sum,
+    with_layout,
 )
 
 Array = jax.Array
@@ -99,7 +101,14 @@ def sequence_scores(
     def scores_fn(params: Any, microbatch: Any) -> tuple[Any, Any]:
         check_parameters(params)
         _check_microbatch(microbatch)
-        return jax.vmap(per_sequence, (None, 0), spmd_axis_name=spmd_axis_name)(params, microbatch)
+        outputs, scores = jax.vmap(per_sequence, (None, 0), spmd_axis_name=spmd_axis_name)(
+            without_batch_axes(params, microbatch), microbatch
+        )
+        return outputs, jax.tree.map(
+            lambda leaf, scores: with_layout(scores, leaf, axis_names(spmd_axis_name)),
+            params,
+            scores,
+        )
 
     return scores_fn
 

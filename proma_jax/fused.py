@@ -34,9 +34,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from proma_jax import _jaxpr, _options, capture
+from proma_jax._mesh import (
+    Layout,
+    automatic,
+    axis_names,
+    layout_of,
+    spec_of,
+    spec_within,
+    without_batch_axes,
+)
 from proma_jax.accumulation import Accumulation
 from proma_jax.capture import Path, Program, Use
 from proma_jax.intra import Intra, Start
@@ -85,6 +95,7 @@ def accumulated_gradient(
     intra: Intra | None = None,
     has_aux: bool = False,
     accumulator_dtype: DTypeLike = "float32",
+    spmd_axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., tuple[Any, GradientMetrics]]:
     """Makes a function from an optimizer step's microbatches to its projected gradient.
 
@@ -97,6 +108,7 @@ def accumulated_gradient(
       intra: settings of the intra-microbatch variant. Default: None, it is not used.
       has_aux: whether `logprob_fn` returns `(scalar, aux)`. Default False, as in `jax.grad`.
       accumulator_dtype: of the accumulated gradient. Default: float32.
+      spmd_axis_name: as in `sequence_scores`. Default None.
 
     Returns:
       `gradient_fn(params, batch, coefficients, step=0) -> (grads, GradientMetrics)`. `batch` is a
@@ -123,7 +135,7 @@ def accumulated_gradient(
         capture.check_parameters(params)
         _check_batch(batch, coefficients)
         program = _trace_one(logprob_fn, params, batch, has_aux)
-        plan = _Plan(program, params, accumulation, intra)
+        plan = _Plan(program, params, accumulation, intra, spmd_axis_name)
         k = coefficients.shape[0]
 
         def add_microbatch(
@@ -140,16 +152,19 @@ def accumulated_gradient(
             totals = [total + part for total, part in zip(totals, parts, strict=True)]
             return (totals, _options.norm(totals)), metrics
 
-        zeros = [jnp.zeros(shape, accumulator_dtype) for shape in plan.shapes]
-        start = zeros, jnp.zeros((), jnp.float32)
+        leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
+
+        def finish(totals: list[Array]) -> list[Array]:
+            return [
+                spec.view.invert(total).astype(leaf.dtype)
+                for spec, total, leaf in zip(plan.leaves, totals, leaves, strict=True)
+            ]
+
+        start = plan.zeros(accumulator_dtype), jnp.zeros((), jnp.float32)
         (totals, _), metrics = jax.lax.scan(
             add_microbatch, start, (jnp.arange(k), batch, coefficients)
         )
-        leaves, treedef = jax.tree.flatten(params)
-        grads = [
-            spec.view.invert(total).astype(jnp.result_type(leaf))
-            for spec, total, leaf in zip(plan.leaves, totals, leaves, strict=True)
-        ]
+        grads = automatic(finish, [spec_of(leaf) for leaf in leaves], totals)
         return jax.tree.unflatten(treedef, grads), metrics
 
     return gradient_fn
@@ -179,7 +194,7 @@ def _trace_one(logprob_fn: Callable[..., Any], params: Any, batch: Any, has_aux:
 
     def first(params: Any, batch: Any) -> Array:
         microbatch = jax.tree.map(lambda x: x[0], batch)
-        return jax.vmap(trace, (None, 0))(params, microbatch)
+        return jax.vmap(trace, (None, 0))(without_batch_axes(params, microbatch), microbatch)
 
     jax.eval_shape(first, params, batch)
     return programs[0]
@@ -246,7 +261,6 @@ class _Plan:
 
     Attributes:
       leaves: for each parameter leaf.
-      shapes: of the leaves' totals.
     """
 
     def __init__(
@@ -255,9 +269,11 @@ class _Plan:
         params: Any,
         accumulation: Accumulation | None,
         intra: Intra | None,
+        spmd_axis_name: str | tuple[str, ...] | None,
     ) -> None:
         self.program, self.accumulation, self.intra = program, accumulation, intra
-        self.params = params
+        self.params, self.spmd_axis_name = params, spmd_axis_name
+        self.dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
         paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
         kinds = [(path, program.kind(i)) for i, path in enumerate(paths)]
         accumulates, in_intra = (
@@ -269,9 +285,18 @@ class _Plan:
             _Leaf(a, i, where[leaf], program.view(leaf))
             for leaf, (a, i) in enumerate(zip(accumulates, in_intra, strict=True))
         ]
-        self.shapes = [
-            jax.eval_shape(spec.view.apply, leaf).shape
-            for spec, leaf in zip(self.leaves, jax.tree.leaves(params), strict=True)
+
+    def zeros(self, dtype: DTypeLike) -> list[Array]:
+        """The totals at the start, spread over Explicit axes like the parameters."""
+
+        def in_layout(leaf: Array, view: View) -> Array:
+            zeros = functools.partial(jnp.zeros_like, dtype=dtype)
+            spec = spec_within(leaf, view.apply) or PartitionSpec()
+            return automatic(lambda leaf: view.apply(zeros(leaf)), spec, leaf)
+
+        return [
+            in_layout(jnp.asarray(leaf), spec.view)
+            for spec, leaf in zip(self.leaves, jax.tree.leaves(self.params), strict=True)
         ]
 
     def _where(self, is_projected: list[bool]) -> list[str]:
@@ -358,7 +383,8 @@ class _Plan:
     ) -> tuple[list[Array], Any, Array]:
         """What a microbatch adds to each total, the outputs, and the norms of `_parts`."""
         program, b = self.program, coefficients.shape[0]
-        leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(self.params)]
+        params = jax.tree.map(jnp.asarray, jax.tree.leaves(self.params))
+        leaves, whole_totals = without_batch_axes((params, totals), coefficients)
 
         for_each_sequence = functools.partial(_for_each, coefficients)
         dense = {i: for_each_sequence(leaves[i]) for i in program.dense}
@@ -369,8 +395,8 @@ class _Plan:
                     probes = use.probes(program.reporter[path] == path)
                     late[path] = jax.tree.map(for_each_sequence, probes)
                 case "node":
-                    nodes[path] = totals[use.leaf], self._place(path, b)
-        sums = {i: totals[i] for i, spec in enumerate(self.leaves) if spec.where == "sum"}
+                    nodes[path] = whole_totals[use.leaf], self._place(path, b)
+        sums = {i: whole_totals[i] for i, spec in enumerate(self.leaves) if spec.where == "sum"}
 
         def per_sequence(
             differentiated: tuple[Any, ...], numbers: _Numbers, coefficient: Array, sequence: Any
@@ -382,7 +408,7 @@ class _Plan:
 
         def value(differentiated: tuple[Any, ...]) -> tuple[Array, Any]:
             axes = ((0, 0, None, None), None, 0, 0)
-            logprobs, outputs = jax.vmap(per_sequence, axes)(
+            logprobs, outputs = jax.vmap(per_sequence, axes, spmd_axis_name=self.spmd_axis_name)(
                 differentiated, numbers, coefficients, microbatch
             )
             return jnp.sum(logprobs), outputs
@@ -390,7 +416,32 @@ class _Plan:
         (dense, late, nodes, sums), outputs = jax.grad(value, has_aux=True)(
             (dense, late, nodes, sums)
         )
-        parts: list[Any] = [None] * len(leaves)
+        parts, norms = automatic(
+            self._collect,
+            ([spec_of(total) for total in totals], PartitionSpec()),
+            dense,
+            late,
+            nodes,
+            sums,
+            totals,
+            coefficients,
+            numbers,
+        )
+        return parts, outputs, norms
+
+    def _collect(
+        self,
+        dense: dict[int, Array],
+        late: dict[Path, Any],
+        nodes: dict[Path, tuple[Array, _Place]],
+        sums: dict[int, Array],
+        totals: list[Array],
+        coefficients: Array,
+        numbers: _Numbers,
+    ) -> tuple[list[Array], Array]:
+        """The parts of all leaves and the norms of `_parts`, from what the backward pass made."""
+        program, b = self.program, coefficients.shape[0]
+        parts: list[Any] = [None] * len(totals)
         norms = []
         waiting: dict[int, ScoreLeaf] = {}
         for i, spec in enumerate(self.leaves):
@@ -403,7 +454,7 @@ class _Plan:
             elif i in dense:
                 waiting[i] = jax.vmap(functools.partial(program.dense_leaf, i))(dense[i])
             else:
-                of_leaf = functools.partial(program.leaf, i, dtype=leaves[i].dtype)
+                of_leaf = functools.partial(program.leaf, i, dtype=self.dtypes[i])
                 waiting[i] = jax.vmap(of_leaf)(late)
         for accumulates in (True, False):
             numbered = [i for i in waiting if self.leaves[i].accumulates == accumulates]
@@ -419,9 +470,9 @@ class _Plan:
             )
             for (group, _, _), (part, of_part) in zip(groups, found, strict=True):
                 norms.append(of_part[None])
-                for place, one in zip(group, part if len(group) > 1 else [part], strict=True):
-                    parts[numbered[place]] = one
-        directions = {
+                for i, one in zip(group, part if len(group) > 1 else [part], strict=True):
+                    parts[numbered[i]] = one
+        directions: dict[int, Any] = {
             i: (nodes[self._owner(path, b)][1].of_inputs, nodes[path][1].of_grads)
             for i, spec in enumerate(self.leaves)
             if spec.waits
@@ -436,7 +487,7 @@ class _Plan:
                 norms.append(_three(intra=common, own=parts[i])[None])
                 parts[i] = parts[i] - common
         parts = [part.astype(total.dtype) for part, total in zip(parts, totals, strict=True)]
-        return parts, outputs, layer_norms(jnp.concatenate(norms).T, 1)
+        return parts, layer_norms(jnp.concatenate(norms).T, 1)
 
     def _visit(
         self,
@@ -458,15 +509,31 @@ class _Plan:
             for path, leaf in zip(members, leaves, strict=True)
         ]
         uses = [self.program.taps[path] for path in members]
-        fold = functools.partial(self._fold, uses)
-        like = [use.eqn.outvars[0].aval for use in uses]
+
+        def fold(data: Array, coefficients: Array, slots: Any, *rest: Any) -> Any:
+            layouts = [
+                self._layout(use, total, coefficients) if place else None
+                for use, (total, place) in zip(uses, slots, strict=True)
+            ]
+            specs = jax.tree.map(spec_of, slots)
+            of_all = functools.partial(self._fold, uses, layouts)
+            return automatic(of_all, specs, data, coefficients, slots, *rest)
+
+        like = [use.eqn.outvars[0] for use in uses]
         fixed = jax.lax.stop_gradient(data)
         probes = _node(fold, like)(fixed, coefficient, slots, numbers)
         return data, {path: (None, probe) for path, probe in zip(members, probes, strict=True)}
 
+    def _layout(self, use: Use, total: Array, coefficients: Array) -> Layout | None:
+        """How the scores of a node's leaf are best spread over a mesh."""
+        num_layer_axes = use.num_layer_axes - use.num_stacks
+        axes = axis_names(self.spmd_axis_name)
+        return layout_of(total, coefficients, lambda total: total, num_layer_axes, axes)
+
     def _fold(
         self,
         uses: Sequence[Use],
+        layouts: Sequence[Layout | None],
         data: Array,
         coefficients: Array,
         slots: Sequence[tuple[Array, _Place | None]],
@@ -477,6 +544,7 @@ class _Plan:
 
         Args:
           uses: the matmuls, or the lookup.
+          layouts: of the scores of each.
           data: (b, ...), their common operand.
           coefficients: (b,).
           slots: of each, its total and the norms' place, or a total's shape and None.
@@ -492,7 +560,7 @@ class _Plan:
         ]
         scores: list[ScoreLeaf] = []
         read: dict[int, tuple[Array, Array]] = {}
-        for use, (operand, grads) in zip(uses, arranged, strict=True):
+        for use, layout, (operand, grads) in zip(uses, layouts, arranged, strict=True):
             num_layer_axes = use.num_layer_axes - use.num_stacks
             if isinstance(use.operation, _jaxpr.Lookup):
                 rows = use.operation.num_embeddings
@@ -503,7 +571,10 @@ class _Plan:
                     in_loss = capture.any_nonzero([arranged[i][1] for i in alike])
                     read[alike[0]] = operand, in_loss
                 inputs, in_loss = read[alike[0]]
-                scores.append(LayerFactors(inputs, grads, num_layer_axes, in_loss=in_loss))
+                factors = LayerFactors(
+                    inputs, grads, num_layer_axes, in_loss=in_loss, layout=layout
+                )
+                scores.append(factors)
         specs = [self.leaves[use.leaf] for use in uses]
         totals = [total for total, _ in slots]
         parts = self._parts(specs, totals, scores, coefficients, numbers)
@@ -664,7 +735,7 @@ def _node(
     Args:
       fold: (data, coefficients, slots, numbers, gradients of the probes), with data, coefficients
         and gradients of all sequences, to the gradient of `slots`.
-      like: abstract values of the probes for one sequence.
+      like: variables that the probes for one sequence are shaped like.
 
     Returns:
       (data, coefficient, slots, numbers) to the probes, zeros.
@@ -672,7 +743,7 @@ def _node(
 
     def zeros(data: Array, coefficient: Array, slots: Any, numbers: _Numbers) -> list[Array]:
         del data, coefficient, slots, numbers
-        return [jnp.zeros(aval.shape, aval.dtype) for aval in like]
+        return [_jaxpr.zeros(variable, ()) for variable in like]
 
     @jax.custom_vjp
     def of_all(data: Array, coefficients: Array, slots: Any, numbers: _Numbers) -> list[Array]:

@@ -35,10 +35,12 @@ from typing import Any, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from proma_jax import _options
+from proma_jax._mesh import automatic, spec_of
 from proma_jax.checkpoints import state_version
-from proma_jax.scores import LayerFactors, contract, match_scores, wide
+from proma_jax.scores import AxisName, LayerFactors, contract, match_scores, wide
 from proma_jax.subspace import (
     Orthonormalization,
     dominant_directions,
@@ -199,6 +201,7 @@ def project_intra(
     orthonormalization: Orthonormalization = "cholesky_qr",
     mask: _options.Mask = None,
     seed: int = 0,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Removes what lies in a microbatch's dominant subspaces from its gradient, layer by layer.
 
@@ -220,6 +223,10 @@ def project_intra(
         Default: those with LayerFactors.
       seed: of the random starts of the bases. All layers of one width share a start, so neither the
         names of layers nor masking, partitioning or scanning over them change anything.
+      axis_name: of one or several mapped axes, inside `jax.shard_map` or `jax.pmap`, as of
+        `jax.lax.pmean`. Every device then projects its own microbatch's gradient with its own
+        bases, and the result, the same on all, is the mean over the axis, as published. Default:
+        None; arrays that are spread over a mesh under `jax.jit` need none and make one microbatch.
 
     Returns:
       The transformation. Updates keep their dtypes; the arithmetic is float32.
@@ -251,26 +258,45 @@ def project_intra(
         del params, extra
         matched = match_scores(updates, scores)
         projects = options.projects([(path, type(leaf)) for path, _, leaf in matched], updates)
-        start = options.start(jax.random.wrap_key_data(state.rng_key), state.step)
-        factor = jnp.asarray(_options.at_step(shrinkage, state.step))
-
         chosen = [
             (update, leaf)
             for (_, update, leaf), project in zip(matched, projects, strict=True)
             if project and isinstance(leaf, LayerFactors)
         ]
-        layers = [leaf.view.apply(wide(update)) for update, leaf in chosen]
-        directions = options.directions([leaf for _, leaf in chosen], start)
-        parts = options.common_parts(layers, directions)
-        removed = [
-            factor * leaf.view.invert(part) for (_, leaf), part in zip(chosen, parts, strict=True)
-        ]
-        of_each = iter(removed)
+
+        def remove(
+            chosen: list[tuple[jax.Array, LayerFactors]],
+            updates: list[jax.Array],
+            rng_key: jax.Array,
+            step: jax.Array,
+            factor: jax.Array,
+        ) -> tuple[list[jax.Array], jax.Array]:
+            start = options.start(jax.random.wrap_key_data(rng_key), step)
+            layers = [leaf.view.apply(wide(update)) for update, leaf in chosen]
+            directions = options.directions([leaf for _, leaf in chosen], start)
+            parts = options.common_parts(layers, directions)
+            removed = [
+                factor * leaf.view.invert(part)
+                for (_, leaf), part in zip(chosen, parts, strict=True)
+            ]
+            projected = [
+                (wide(update) - part).astype(update.dtype)
+                for (update, _), part in zip(chosen, removed, strict=True)
+            ]
+            return projected, _options.fraction(removed, updates, axis_name)
+
+        factor = jnp.asarray(_options.at_step(shrinkage, state.step))
+        specs = [spec_of(update) for update, _ in chosen], PartitionSpec()
+        leaves = jax.tree.leaves(updates)
+        found, fraction = automatic(
+            remove, specs, chosen, leaves, state.rng_key, state.step, factor
+        )
+        of_each = iter(found)
         projected = [
-            (wide(update) - next(of_each)).astype(update.dtype) if project else update
-            for (_, update, _), project in zip(matched, projects, strict=True)
+            next(of_each) if project else update
+            for update, project in zip(leaves, projects, strict=True)
         ]
-        fraction = _options.fraction(removed, jax.tree.leaves(updates))
+        projected = _options.mean(projected, axis_name)
         new_state = state._replace(
             step=optax.safe_increment(state.step), projected_fraction=fraction
         )

@@ -21,13 +21,15 @@ Example:
   [3.0, 0.0, 0.0]
 """
 
+import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from proma_jax.scores import ScoreLeaf, contract, divide, map_layers, wide
+from proma_jax.scores import AxisName, DenseScores, ScoreLeaf, contract, divide, map_layers, wide
 from proma_jax.subspace import orthonormal_basis
 
 Solver = Literal["ridge", "qr", "svd"]
@@ -43,6 +45,7 @@ def removed_part(
     shrinkage: ArrayLike = 1.0,
     relative_bound: ArrayLike | None = None,
     rtol: float = 1e-6,
+    axis_name: AxisName = None,
 ) -> jax.Array:
     """What accumulation removes from a leaf's accumulated gradient.
 
@@ -58,19 +61,35 @@ def removed_part(
         length. Default: None, no bound (the paper's Algorithm 1; the published runs used 0.5).
       rtol: directions with at most `rtol` times the largest singular value of the unit scores are
         not part of the span for "qr" and "svd". Default: 1e-6, eight float32 epsilons.
+      axis_name: of mapped axes along which each device has scores of its own, which together make
+        the span, and the same G and g_m. Default: None.
 
     Returns:
       shrinkage · P_S(G), bounded, of the leaf's shape, in float32 (float64 if an argument is).
     """
     layers, own = scores.view.apply(gradient), scores.view.apply(update)
     own_lengths = layer_norms(own, scores.num_layer_axes)
+    if solver == "ridge" and axis_name is not None:
+        dense = scores.dense()
+        products, norms = _products_of_all(dense, layers, axis_name)
+        of_all, _ = removal(products, own_lengths, ridge, shrinkage, relative_bound)
+        start = jax.lax.axis_index(axis_name) * dense.batch_size
+        weights = jax.lax.dynamic_slice_in_dim(of_all, start, dense.batch_size, axis=-1)
+        part = dense.weighted_sum(divide(weights, norms))
+        return scores.view.invert(jax.lax.psum(part, axis_name))
     if solver == "ridge":
         scores = scores.compact()
         weights, _ = removal(
             unit_products(scores, layers), own_lengths, ridge, shrinkage, relative_bound
         )
         return scores.view.invert(scores.weighted_sum(weights))
+    if axis_name is not None:
+        dense = scores.dense()
+        values = jax.lax.all_gather(dense.values, axis_name, tiled=True)
+        scores = dataclasses.replace(dense, values=values)
     projected = _exact_projection(layers, scores, solver, rtol)
+    if axis_name is not None:
+        projected = jax.lax.pmean(projected, axis_name)  # the same on all, and known to be
     lengths = layer_norms(projected, scores.num_layer_axes)
     scale = shrinkage * _bounding(lengths, own_lengths, relative_bound)
     return scores.view.invert(projected * jnp.expand_dims(scale, range(scale.ndim, projected.ndim)))
@@ -119,6 +138,41 @@ def unit_products(scores: ScoreLeaf, layers: jax.Array) -> UnitProducts:
     to_unit = jnp.where(norms == 0, 0, 1 / jnp.where(norms == 0, 1, norms))
     unit_gram = gram * to_unit[..., :, None] * to_unit[..., None, :]
     return UnitProducts(unit_gram, dots * to_unit, norms * sizes)
+
+
+def _products_of_all(
+    scores: DenseScores, layers: jax.Array, axis_name: AxisName
+) -> tuple[UnitProducts, jax.Array]:
+    """The products of all devices' unit scores along mapped axes, and the norms of one's own.
+
+    The scores are exchanged so that each device holds the same share of every sequence's score.
+
+    Args:
+      scores: the device's own.
+      layers: G, in the scores' layout, the same on all devices.
+      axis_name: of the mapped axes.
+    """
+    num_devices, num_layer_axes = jax.lax.psum(1, axis_name), scores.num_layer_axes
+    norms = layer_norms(scores.values, 1 + num_layer_axes)
+    unit = scores.times(jnp.where(norms == 0, 0, 1 / jnp.where(norms == 0, 1, norms))).values
+
+    def flat(x: jax.Array, num_leading: int) -> jax.Array:
+        """The features as one axis that all devices can share."""
+        x = x.reshape(*x.shape[:num_leading], math.prod(x.shape[num_leading:]))
+        return jnp.pad(x, [(0, 0)] * num_leading + [(0, -x.shape[-1] % num_devices)])
+
+    shares = jax.lax.all_to_all(
+        flat(unit, 1 + num_layer_axes), axis_name, 1 + num_layer_axes, 0, tiled=True
+    )
+    share = shares.shape[-1]
+    start = jax.lax.axis_index(axis_name) * share
+    of_gradient = jax.lax.dynamic_slice_in_dim(
+        flat(wide(layers), num_layer_axes), start, share, axis=-1
+    )
+    own = DenseScores(shares, num_layer_axes)
+    gram, dots = jax.lax.psum((own.gram(), own.dots(of_gradient)), axis_name)
+    products = UnitProducts(gram, dots, jnp.ones_like(dots))
+    return products, jnp.moveaxis(norms, 0, -1)
 
 
 def removal(

@@ -27,14 +27,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
+
+from proma_jax._mesh import Layout, automatic, by_features, layout_of, spec_of
 
 Array = jax.Array
+AxisName = str | tuple[str, ...] | None
+"""Of one or several axes mapped by `jax.shard_map` or `jax.pmap`, None for none."""
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -105,12 +111,14 @@ class ScoreLeaf:
       num_layer_axes: how many leading axes of each array, after b, count layers.
       view: how the parameter leaf is read as (*layers, ...), the scores' layout.
       dtype: of the gradients made from the scores; None for that of the arrays.
+      layout: how dense scores and gradients are spread over a mesh; None where that is not known.
       arrays: names of the fields that hold (b, *layers, ...).
     """
 
     num_layer_axes: int
     view: View
     dtype: Any
+    layout: Layout | None
     arrays: tuple[str, ...]
 
     def gram(self) -> Array:
@@ -128,7 +136,7 @@ class ScoreLeaf:
     def dense(self) -> DenseScores:
         """The scores themselves."""
         values = jax.vmap(self.weighted_sum)(jnp.eye(self.batch_size))
-        return DenseScores(values, self.num_layer_axes, self.view, self.dtype)
+        return DenseScores(values, self.num_layer_axes, self.view, self.dtype, self.layout)
 
     def compact(self) -> ScoreLeaf:
         """The same scores in the form that is the fastest to project with."""
@@ -185,7 +193,7 @@ def divide(x: Array, by: Array) -> Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values"],
-    meta_fields=["num_layer_axes", "view", "dtype"],
+    meta_fields=["num_layer_axes", "view", "dtype", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
 class DenseScores(ScoreLeaf):
@@ -196,35 +204,42 @@ class DenseScores(ScoreLeaf):
       num_layer_axes: how many leading axes after b count layers. Default 0: one layer.
       view: how the parameter leaf is read as (*layers, ...). Default: as it is.
       dtype: of the gradients made from the scores. Default: that of `values`.
+      layout: how they are best spread over a mesh, as `sequence_scores` has found out.
     """
 
     values: Array
     num_layer_axes: int = 0
     view: View = View()
     dtype: Any = None
+    layout: Layout | None = None
     arrays = ("values",)
 
     def _one_layer_shape(self) -> tuple[int, ...]:
         return self.values.shape[1 + self.num_layer_axes :]
 
-    def _rows(self) -> Array:
-        """(*layers, b, everything else)."""
-        shape = (*self.layer_shape, self.batch_size, math.prod(self._one_layer_shape()))
-        return self._layers_first("values").reshape(shape)
+    @property
+    def _features(self) -> str:
+        """Einsum subscripts of a layer's axes, which stay apart so that any may be sharded."""
+        return string.ascii_uppercase[: len(self._one_layer_shape())]
 
     def gram(self) -> Array:
-        return contract("...in,...jn->...ij", self._rows(), self._rows())
+        values, n = self._layers_first("values"), self._features
+        return contract(f"...i{n},...j{n}->...ij", values, values)
 
     def dots(self, layers: Array) -> Array:
-        flat = layers.reshape(*self.layer_shape, math.prod(self._one_layer_shape()))
-        return contract("...bn,...n->...b", self._rows(), flat)
+        n = self._features
+        return contract(f"...b{n},...{n}->...b", self._layers_first("values"), layers)
 
     def weighted_sum(self, weights: Array) -> Array:
-        total = contract("...bn,...b->...n", self._rows(), weights)
-        return total.reshape(*self.layer_shape, *self._one_layer_shape())
+        n = self._features
+        total = contract(f"...b{n},...b->...{n}", self._layers_first("values"), weights)
+        return by_features(total, self.layout, num_summed=1)
 
     def dense(self) -> DenseScores:
         return self
+
+    def compact(self) -> DenseScores:
+        return dataclasses.replace(self, values=by_features(self.values, self.layout))
 
     def rescaled(self) -> tuple[DenseScores, Array]:
         size = self._max_abs("values")
@@ -238,7 +253,7 @@ class DenseScores(ScoreLeaf):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["inputs", "output_grads", "in_loss"],
-    meta_fields=["num_layer_axes", "view", "dtype"],
+    meta_fields=["num_layer_axes", "view", "dtype", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
 class LayerFactors(ScoreLeaf):
@@ -256,6 +271,7 @@ class LayerFactors(ScoreLeaf):
       in_loss: (b, *layers, tokens...) bool, which tokens have a say in the subspaces of
         `project_intra`. Default: those with an output gradient. `sequence_scores` says it where
         several kernels share an input: the tokens with an output gradient in any of them.
+      layout: how dense scores are best spread over a mesh, as `sequence_scores` has found out.
     """
 
     inputs: Array
@@ -264,6 +280,7 @@ class LayerFactors(ScoreLeaf):
     view: View = View()
     dtype: Any = None
     in_loss: Array | None = None
+    layout: Layout | None = None
     arrays = ("inputs", "output_grads")
 
     def _one_layer_shape(self) -> tuple[int, ...]:
@@ -301,7 +318,7 @@ class LayerFactors(ScoreLeaf):
         d_in, d_out = self._one_layer_shape()
         tokens = self._num_tokens
         factored = self.batch_size * tokens**2 * (1 / d_in + 1 / d_out) + tokens
-        return self.dense() if factored > 64 else self
+        return self.dense().compact() if factored > 64 else self
 
     def gram(self) -> Array:
         x, d = self.tokens("inputs"), self.tokens("output_grads")
@@ -321,7 +338,7 @@ class LayerFactors(ScoreLeaf):
     def dense(self) -> DenseScores:
         x, d = self.tokens("inputs"), self.tokens("output_grads")
         values = jnp.moveaxis(contract("...bti,...bto->...bio", x, d), self.num_layer_axes, 0)
-        return DenseScores(values, self.num_layer_axes, self.view, self.dtype)
+        return DenseScores(values, self.num_layer_axes, self.view, self.dtype, self.layout)
 
     def rescaled(self) -> tuple[LayerFactors, Array]:
         x_size, d_size = self._max_abs("inputs"), self._max_abs("output_grads")
@@ -348,7 +365,7 @@ def _gram_by_columns(scores: LookupFactors | SumScores) -> Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["indices", "output_grads"],
-    meta_fields=["num_embeddings", "num_layer_axes", "view", "dtype"],
+    meta_fields=["num_embeddings", "num_layer_axes", "view", "dtype", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
 class LookupFactors(ScoreLeaf):
@@ -361,6 +378,7 @@ class LookupFactors(ScoreLeaf):
       num_layer_axes: how many leading axes after b count layers. Default 0: one layer.
       view: how the parameter leaf is read as (*layers, num_embeddings, d). Default: as it is.
       dtype: of the gradients made from the scores. Default: that of `output_grads`.
+      layout: how gradients are spread over a mesh, as `sequence_scores` has found out.
     """
 
     indices: Array
@@ -369,6 +387,7 @@ class LookupFactors(ScoreLeaf):
     num_layer_axes: int = 0
     view: View = View()
     dtype: Any = None
+    layout: Layout | None = None
     arrays = ("output_grads", "indices")
 
     def _one_layer_shape(self) -> tuple[int, ...]:
@@ -416,6 +435,7 @@ class SumScores(ScoreLeaf):
     parts: tuple[DenseScores | LayerFactors | LookupFactors, ...]
     num_layer_axes = 0
     view = View()
+    layout = None
 
     @property
     def dtype(self) -> Any:
@@ -476,6 +496,35 @@ def as_score_leaf(scores: Any) -> ScoreLeaf:
     return scores if isinstance(scores, ScoreLeaf) else DenseScores(scores)
 
 
+def with_layout(scores: ScoreLeaf, leaf: Array, batch_axes: Sequence[str] = ()) -> ScoreLeaf:
+    """Scores that know how to be spread over the mesh of their parameter leaf.
+
+    Args:
+      scores: of the leaf.
+      leaf: the parameter leaf, or an array spread like it.
+      batch_axes: as in `layout_of`.
+    """
+    if isinstance(scores, SumScores):
+        parts: Any = [with_layout(part, leaf, batch_axes) for part in scores.parts]
+        return SumScores(tuple(parts))
+    if scores.layout is not None:
+        return scores
+    sequences = getattr(scores, scores.arrays[0])
+    layout = layout_of(leaf, sequences, scores.view.apply, scores.num_layer_axes, batch_axes)
+    whole: Any = scores
+    return dataclasses.replace(whole, layout=layout)
+
+
+def _gradient_spec(scores: ScoreLeaf) -> PartitionSpec:
+    """How the gradient of a leaf is spread over Explicit axes."""
+    first = scores.parts[0] if isinstance(scores, SumScores) else scores
+    if first.layout is not None and first.layout.gradient is not None:
+        return first.layout.gradient
+    if isinstance(scores, DenseScores) and scores.view == View():
+        return PartitionSpec(*spec_of(scores.values)[1:])
+    return PartitionSpec()
+
+
 def stack_vectors(
     scores: Sequence[ScoreLeaf], vectors: Sequence[Array]
 ) -> list[tuple[list[int], ScoreLeaf, Array]]:
@@ -528,7 +577,7 @@ def map_layers(fn: Callable[[ScoreLeaf, Array], Array], scores: ScoreLeaf, layer
     whole: Any = scores
 
     def one_layer(slices: tuple[dict[str, Array], Array]) -> Array:
-        one = dataclasses.replace(whole, **slices[0], num_layer_axes=0, view=View())
+        one = dataclasses.replace(whole, **slices[0], num_layer_axes=0, view=View(), layout=None)
         return fn(one, slices[1])
 
     result = jax.lax.map(one_layer, (fields, flatten_layers(layers)))
@@ -624,7 +673,7 @@ def _checked(path: str, update: Array, leaf: Any) -> ScoreLeaf:
         )
     if not jnp.issubdtype(gradient_dtype(leaf), jnp.floating):
         raise ValueError(f"scores{path} must be floating point, got {gradient_dtype(leaf)}.")
-    return leaf
+    return with_layout(leaf, update)
 
 
 def weighted_sum(scores: Any, coefficients: Array) -> Any:
@@ -659,7 +708,11 @@ def weighted_sum(scores: Any, coefficients: Array) -> Any:
                 f"coefficients has shape {coefficients.shape}, but scores{_name(path)} "
                 f"are of {leaf.batch_size} sequences: give one coefficient per sequence."
             )
-        total = leaf.view.invert(leaf.compact().weighted_sum(coefficients))
-        return total.astype(gradient_dtype(leaf))
+
+        def total(leaf: ScoreLeaf, coefficients: Array) -> Array:
+            total = leaf.view.invert(leaf.compact().weighted_sum(coefficients))
+            return total.astype(gradient_dtype(leaf))
+
+        return automatic(total, _gradient_spec(leaf), leaf, coefficients)
 
     return jax.tree_util.tree_map_with_path(one_leaf, scores, is_leaf=is_score_leaf)

@@ -115,7 +115,8 @@ def dominant_directions(
         return jax.lax.cond(i < power_iterations - 1, _conditioned, lambda bases: bases, bases)
 
     layers = matrices[0].shape[:-2]
-    bases = jnp.broadcast_to(start, (len(matrices), *layers, *start.shape))
+    shape = (len(matrices), *layers, *start.shape)
+    bases = jnp.zeros_like(matrices[0], start.dtype, shape=shape) + start
     bases = jax.lax.fori_loop(0, power_iterations, iterate, bases)
     return list(bases[..., :rank, :])
 
@@ -181,7 +182,8 @@ def _cholesky_qr(rows: jax.Array) -> jax.Array:
         jnp.array([shift, shift, shift, shift, 1], rows.dtype),
         jnp.arange(5) == 4,
     )
-    return jax.lax.scan(one_pass, (rows, jnp.asarray(False)), constants)[0][0]
+    is_ready = jnp.zeros_like(rows, bool, shape=())
+    return jax.lax.scan(one_pass, (rows, is_ready), constants)[0][0]
 
 
 def _conditioned(rows: jax.Array) -> jax.Array:

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import proma_jax as proma
 from tests import models, oracles
@@ -251,32 +250,6 @@ def test_scales_of_scores_do_not_matter(scale):
     assert 0.1 < metrics.accumulation_fraction[1] < 1
 
 
-@pytest.mark.parametrize("variant", ["ridge", "intra"])
-def test_a_mesh_changes_nothing(variant):
-    def logprob_fn(params, x):
-        def layer(h, p):
-            return h + jnp.tanh(h @ p["w"]) * (h @ p["v"] + p["b"]), None
-
-        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, params)[0])
-
-    params = models.kernels(w=(3, 5, 5), v=(3, 5, 5), b=(3, 5))
-    rng = np.random.default_rng(0)
-    batch = jnp.asarray(rng.normal(size=(K, 8, 6, 5)), jnp.float32)
-    coefficients = jnp.asarray(rng.normal(size=(K, 8)), jnp.float32)
-    accumulation, intra = VARIANTS[variant]
-    gradient_fn = jax.jit(
-        proma.accumulated_gradient(logprob_fn, accumulation=accumulation, intra=intra)
-    )
-    expected, _ = gradient_fn(params, batch, coefficients)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    with jax.set_mesh(mesh):
-        by_sequence = NamedSharding(mesh, PartitionSpec(None, "data"))
-        sharded = jax.device_put((batch, coefficients), by_sequence)
-        replicated = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        actual, _ = gradient_fn(replicated, *sharded)
-    assert_close(jax.device_get(actual), jax.device_get(expected), 1e-4)
-
-
 def test_no_score_outlives_its_layer():
     """A scanned, rematerialised model needs no more memory than plain policy gradient does."""
     layers, width, b, tokens = 16, 128, 4, 16
@@ -307,7 +280,7 @@ def test_no_score_outlives_its_layer():
     allowed = memory(plain) + 0.05 * layers * width * width * 4 + 2 * scores_of_a_layer
     for accumulation, intra in (VARIANTS["ridge"], VARIANTS["intra"], VARIANTS["both"]):
         gradient_fn = proma.accumulated_gradient(logprob_fn, accumulation=accumulation, intra=intra)
-        print(accumulation, intra, memory(gradient_fn), memory(plain), allowed)
+        assert memory(gradient_fn) <= allowed, (memory(gradient_fn), memory(plain), allowed)
 
 
 @pytest.mark.parametrize(

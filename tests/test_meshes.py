@@ -1,0 +1,433 @@
+"""Many devices: what they give is what one device gives, or what is documented, at what cost."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import proma_jax as proma
+from tests import oracles
+from tests.oracles import assert_close
+
+P = PartitionSpec
+LAYERS, VOCABULARY, WIDTH, HIDDEN, B, TOKENS = 2, 16, 24, 40, 8, 64
+
+MESHES = {
+    "data": ({"data": 8}, {}),
+    "fsdp": (
+        {"data": 8},
+        {
+            "table": P("data"),
+            "scale": P(None, "data"),
+            "up": P(None, "data"),
+            "bias": P(None, "data"),
+            "down": P(None, "data"),
+            "head": P("data"),
+        },
+    ),
+    "tensor": (
+        {"model": 8},
+        {
+            "up": P(None, None, "model"),
+            "bias": P(None, "model"),
+            "down": P(None, "model"),
+            "head": P(None, "model"),
+        },
+    ),
+    "mixed": (
+        {"data": 4, "model": 2},
+        {
+            "table": P("data"),
+            "up": P(None, "data", "model"),
+            "bias": P(None, "model"),
+            "down": P(None, "model", "data"),
+            "head": P("data", "model"),
+        },
+    ),
+}
+INNER = optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9))
+BOTH = optax.chain(proma.project_intra(rank=2), proma.accumulate(INNER, 2))
+
+
+def logprob_fn(params, tokens, reads=True, **sharding):
+    """A decoder of two scanned and rematerialised layers, without attention."""
+    layers = {name: params[name] for name in ("scale", "up", "bias", "down")}
+
+    def layer(h, p):
+        hidden = jnp.tanh((h * p["scale"]) @ p["up"] + p["bias"])
+        return h + jnp.dot(hidden, p["down"], **sharding), None
+
+    one_hot = jax.nn.one_hot(tokens, VOCABULARY)
+    h = params["table"][tokens[:-1]] if reads else one_hot[:-1] @ params["table"]
+    h, _ = jax.lax.scan(jax.checkpoint(layer), h, layers)
+    return jnp.sum(jax.nn.log_softmax(h @ params["head"]) * one_hot[1:])
+
+
+def model(seed=0):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)
+
+    params = {
+        "table": normal(VOCABULARY, WIDTH),
+        "scale": 1 + normal(LAYERS, WIDTH),
+        "up": normal(LAYERS, WIDTH, HIDDEN),
+        "bias": normal(LAYERS, HIDDEN),
+        "down": normal(LAYERS, HIDDEN, WIDTH),
+        "head": normal(WIDTH, VOCABULARY),
+    }
+    tokens = jnp.asarray(rng.integers(0, VOCABULARY, (2, B, TOKENS + 1)))
+    return params, tokens, normal(2, B)
+
+
+def kernel_traffic(compiled):
+    """Elements sent by collectives on whole kernels, halves or stacks of them, or several."""
+    sent = 0
+    for shapes, kind, rest in re.findall(
+        r"= (\S+|\(.*?\)) (all-reduce|all-gather|reduce-scatter|collective-permute)\((.*)",
+        compiled.as_text(),
+    ):
+        times = (2 if kind == "all-reduce" else 1) * (LAYERS if "/while/body" in rest else 1)
+        for shape in re.findall(r"\w+\[([\d,]+)\]", shapes):
+            size = math.prod(map(int, shape.split(",")))
+            sent += size * times if size % (WIDTH * HIDDEN // 2) == 0 else 0
+    return sent
+
+
+def extra_memory(compiled, plain):
+    return (
+        compiled.memory_analysis().temp_size_in_bytes - plain.memory_analysis().temp_size_in_bytes
+    )
+
+
+def both_step(fn, options, params, state, tokens, coefficients):
+    _, scores = proma.sequence_scores(fn, **options)(params, tokens)
+    grads = proma.weighted_sum(scores, coefficients)
+    return BOTH.update(grads, state, params, scores=scores)
+
+
+def plain_gradient(fn, whole, params, tokens, coefficients):
+    def loss(params):
+        return jnp.sum(coefficients * jax.vmap(fn, (None, 0))(whole(params), tokens))
+
+    return jax.grad(loss)(params)
+
+
+def compile_step(step, *args, **options):
+    return jax.jit(step, **options).lower(*args).compile()
+
+
+@functools.cache
+def on_one_device(reads):
+    """The updates after two microbatches, and the memory that the projections take."""
+    params, tokens, coefficients = model()
+    fn, state = functools.partial(logprob_fn, reads=reads), BOTH.init(params)
+    step = compile_step(
+        functools.partial(both_step, fn, {}), params, state, tokens[0], coefficients[0]
+    )
+    plain = functools.partial(plain_gradient, fn, lambda params: params)
+    extra = extra_memory(step, compile_step(plain, params, tokens[0], coefficients[0]))
+    for m in range(2):
+        updates, state = step(params, state, tokens[m], coefficients[m])
+    return jax.device_get(updates), extra
+
+
+class OnMesh:
+    """The model, its data and its parameters spread over one of the meshes."""
+
+    def __init__(self, name, axis_type):
+        axes, self.specs = MESHES[name]
+        self.explicit = axis_type == AxisType.Explicit
+        types = (axis_type,) * len(axes)
+        self.mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
+        batch_axis = "data" if "data" in axes else None
+        params, tokens, coefficients = model()
+        self.params = {leaf: self.put(w, *self.specs.get(leaf, ())) for leaf, w in params.items()}
+        self.tokens, self.coefficients = (
+            self.put(x, None, batch_axis) for x in (tokens, coefficients)
+        )
+        sharding = {"out_sharding": P()} if self.explicit else {}
+        self.logprob_fn = functools.partial(logprob_fn, reads=not self.explicit, **sharding)
+        hinted = batch_axis and not self.explicit
+        self.options = {"spmd_axis_name": batch_axis} if hinted else {}
+
+    def put(self, x, *spec):
+        return jax.device_put(x, NamedSharding(self.mesh, P(*spec)))
+
+    def whole(self, params):
+        """As a model under Explicit axes must have them, where the sequences take an axis."""
+        if not self.explicit:
+            return params
+        return {
+            leaf: jax.sharding.reshard(w, P(*[None if e == "data" else e for e in spec]))
+            for leaf, w in params.items()
+            for spec in [self.specs.get(leaf, ())]
+        }
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    ("name", "share", "sent"),
+    [("data", 0.25, 1.5), ("fsdp", 0.6, 1), ("tensor", 0.65, 1), ("mixed", 0.35, 1)],
+)
+def test_a_mesh_gives_what_one_device_gives_at_little_cost(name, share, sent, axis_type):
+    """Costs are bounded by shares of what the projections take in memory on one device, and of what
+    plain policy gradient sends on the mesh.
+    """
+    case = OnMesh(name, axis_type)
+    expected, extra = on_one_device(reads=not case.explicit)
+    with jax.set_mesh(case.mesh):
+        state = BOTH.init(case.params)
+        shardings = jax.tree.map(lambda x: x.sharding, (case.params, state))
+        microbatch = case.tokens[0], case.coefficients[0]
+        step = functools.partial(both_step, case.logprob_fn, case.options)
+        step = compile_step(step, case.params, state, *microbatch, out_shardings=shardings)
+        plain = functools.partial(plain_gradient, case.logprob_fn, case.whole)
+        plain = compile_step(plain, case.params, *microbatch, out_shardings=shardings[0])
+        for tokens, coefficients in zip(case.tokens, case.coefficients, strict=True):
+            updates, state = step(case.params, state, tokens, coefficients)
+            assert jax.tree.map(lambda x: x.sharding, (updates, state)) == shardings
+    assert_close(jax.device_get(updates), expected, 2e-5)
+    assert kernel_traffic(step) <= sent * kernel_traffic(plain)
+    assert extra_memory(step, plain) <= share * extra
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("name", MESHES)
+def test_the_fused_form_gives_on_a_mesh_what_one_device_gives(name, axis_type):
+    case = OnMesh(name, axis_type)
+    expected, _ = on_one_device(reads=not case.explicit)
+    gradient_fn = proma.accumulated_gradient(
+        case.logprob_fn,
+        accumulation=proma.Accumulation(),
+        intra=proma.Intra(rank=2),
+        **case.options,
+    )
+    with jax.set_mesh(case.mesh):
+        grads, _ = jax.jit(gradient_fn)(case.params, case.tokens, case.coefficients)
+        updates, _ = jax.jit(INNER.update)(grads, INNER.init(case.params))
+    assert_close(jax.device_get(updates), expected, 2e-5)
+    for leaf, gradient in grads.items():
+        spread = gradient.sharding.is_equivalent_to(case.params[leaf].sharding, gradient.ndim)
+        assert spread or not case.explicit
+
+
+# Mapped axes: every device has sequences of its own.
+
+DEVICES, OWN = 8, 2
+SHAPES = {"kernel": (5, 4), "stack": (2, 3, 3), "bias": (4,), "plain": (3,)}
+
+
+def microbatches(k, seed=0):
+    """k pairs of (DEVICES, ...) gradients and dense scores; "plain" has no scores."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return [
+        (
+            {name: normal(DEVICES, *shape) for name, shape in SHAPES.items()},
+            {name: normal(DEVICES, OWN, *shape) for name, shape in SHAPES.items()}
+            | {"plain": None},
+        )
+        for _ in range(k)
+    ]
+
+
+def with_layers(scores):
+    return {**scores, "stack": proma.DenseScores(scores["stack"], num_layer_axes=1)}
+
+
+def mapped(tx, kind, per_device=()):
+    """`tx.update` of stacked gradients, state and scores, and the stacked state to start with.
+
+    Args:
+      tx: the transformation.
+      kind: "shard_map" or "pmap".
+      per_device: fields of the state that differ between devices.
+    """
+    params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * DEVICES), tx.init(params))
+
+    def step(grads, state, scores):
+        return tx.update(grads, state, scores=with_layers(scores))
+
+    if kind == "pmap":
+        return jax.pmap(step, axis_name="devices"), stacked
+    mesh = jax.make_mesh((DEVICES,), ("devices",), axis_types=(AxisType.Auto,))
+    specs = tx.init(params)._replace(**dict.fromkeys(per_device, P("devices")))
+    specs = jax.tree.map(lambda x: x if isinstance(x, P) else P(), specs)
+
+    def own(x):
+        return jax.tree.map(lambda x: x[0], x)
+
+    def of_own(grads, state, scores):
+        state = state._replace(**{name: own(getattr(state, name)) for name in per_device})
+        updates, state = step(own(grads), state, own(scores))
+        lifted = {
+            name: jax.tree.map(lambda x: x[None], getattr(state, name)) for name in per_device
+        }
+        return updates, state._replace(**lifted)
+
+    spread = P("devices")
+    of_all = jax.shard_map(
+        of_own, mesh=mesh, in_specs=(spread, specs, spread), out_specs=(P(), specs)
+    )
+    state = tx.init(params)
+    return jax.jit(of_all), state._replace(**{n: getattr(stacked, n) for n in per_device})
+
+
+def run(update, state, steps):
+    for grads, scores in steps:
+        updates, state = update(grads, state, scores)
+    return updates, state
+
+
+def first_device(kind, tree):
+    return jax.tree.map(lambda x: np.asarray(x)[0], tree) if kind == "pmap" else tree
+
+
+def on_one(steps, **options):
+    """What one device gives with the mean gradient and all scores."""
+    tx = proma.accumulate(optax.identity(), len(steps), **options)
+    params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
+    state = tx.init(params)
+    for grads, scores in steps:
+        mean = jax.tree.map(lambda x: x.mean(0), grads)
+        scores = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), scores)
+        updates, state = tx.update(mean, state, scores=with_layers(scores))
+    return updates, state
+
+
+@pytest.mark.parametrize("solver", ["ridge", "qr", "svd"])
+@pytest.mark.parametrize("kind", ["shard_map", "pmap"])
+def test_accumulation_over_a_mapped_axis_is_that_of_one_device(kind, solver):
+    steps, options = microbatches(3), {"solver": solver, "relative_bound": 0.5}
+    tx = proma.accumulate(optax.identity(), 3, axis_name="devices", **options)
+    updates, state = run(*mapped(tx, kind), steps)
+    expected, expected_state = on_one(steps, **options)
+    assert_close(first_device(kind, updates), expected, 2e-5)
+    assert_close(first_device(kind, state), expected_state, 2e-5)
+
+
+def test_two_mapped_axes_may_be_named_together():
+    steps = microbatches(2)
+    tx = proma.accumulate(optax.identity(), 2, axis_name=("hosts", "devices"))
+    mesh = jax.make_mesh((2, 4), ("hosts", "devices"), axis_types=(AxisType.Auto,) * 2)
+
+    def own(x):
+        return jax.tree.map(lambda x: x[0], x)
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P(("hosts", "devices")),) * 2, out_specs=P()
+    )
+    def total(grads, scores):
+        state = tx.init({name: jnp.zeros(shape) for name, shape in SHAPES.items()})
+        for g, s in zip(grads, scores, strict=True):
+            updates, state = tx.update(own(g), state, scores=with_layers(own(s)))
+        return updates
+
+    updates = total(*map(list, zip(*steps, strict=True)))
+    assert_close(updates, on_one(steps)[0], 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["shard_map", "pmap"])
+def test_running_gradients_of_each_device_are_averaged_on_emission(kind):
+    steps = microbatches(3)
+    tx = proma.accumulate(
+        optax.identity(), 3, solver="qr", relative_bound=0.5, axis_name="devices", sync="emit"
+    )
+    update, state = mapped(tx, kind, per_device=("acc_grads", "projected_fraction"))
+    updates, _ = run(update, state, steps)
+
+    def layer(name, device, pick=lambda x: x):
+        grads = [pick(np.float64(g[name][device])) for g, _ in steps]
+        scores = [np.stack([pick(np.float64(s)) for s in sc[name][device]]) for _, sc in steps]
+        return oracles.accumulate(grads, scores, solver="qr", relative_bound=0.5)
+
+    def one_device(device):
+        stack = [layer("stack", device, lambda x, i=i: x[i]) for i in range(2)]
+        return {
+            "kernel": layer("kernel", device),
+            "bias": layer("bias", device),
+            "stack": np.stack(stack),
+            "plain": sum(np.float64(g["plain"][device]) for g, _ in steps),
+        }
+
+    each = [one_device(device) for device in range(DEVICES)]
+    expected = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *each)
+    assert_close(first_device(kind, updates), expected, 2e-5)
+
+
+def test_nothing_is_sent_before_emission():
+    tx = proma.accumulate(optax.identity(), 3, axis_name="devices", sync="emit")
+    update, state = mapped(tx, "shard_map", per_device=("acc_grads", "projected_fraction"))
+    grads, scores = microbatches(1)[0]
+    text = update.lower(grads, state, scores).compile().as_text()
+    assert "all-reduce(" in text
+    assert "all-reduce(" not in text[text.index("ENTRY") :]
+
+
+@pytest.mark.parametrize("kind", ["shard_map", "pmap"])
+def test_one_devices_nan_skips_the_microbatch_everywhere(kind):
+    steps = microbatches(3)
+    bad_grads, bad_scores = steps[1]
+    bad_scores = {**bad_scores, "kernel": bad_scores["kernel"].at[5, 0, 0, 0].set(jnp.nan)}
+    options = {"should_skip_update_fn": optax.skip_not_finite}
+    tx = proma.accumulate(optax.identity(), 3, axis_name="devices", **options)
+    update, state = mapped(tx, kind)
+    updates, _ = run(update, state, [steps[0], (bad_grads, bad_scores), steps[2]])
+    expected, _ = on_one([steps[0], steps[2]])
+    assert_close(first_device(kind, updates), expected, 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["shard_map", "pmap"])
+def test_intra_projects_each_devices_microbatch_and_averages(kind):
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.normal(size=(DEVICES, OWN, 6, 5)), jnp.float32)
+    output_grads = jnp.asarray(rng.normal(size=(DEVICES, OWN, 6, 4)), jnp.float32)
+    grads = jnp.asarray(rng.normal(size=(DEVICES, 5, 4)), jnp.float32)
+    tx = proma.project_intra(rank=2, axis_name="devices")
+    state = tx.init(grads[0])
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng_key), 0)
+    starts = [np.float64(jax.random.normal(key, (2, d))) for d in (5, 4)]
+    projected = [
+        oracles.project_intra(g, x.reshape(-1, 5), d.reshape(-1, 4), starts, 2)
+        for g, x, d in zip(*map(np.asarray, (grads, inputs, output_grads)), strict=True)
+    ]
+
+    def step(g, x, d):
+        return tx.update(g, tx.init(g), scores=proma.LayerFactors(x, d))
+
+    if kind == "pmap":
+        updates, state = jax.pmap(step, axis_name="devices")(grads, inputs, output_grads)
+    else:
+        mesh = jax.make_mesh((DEVICES,), ("devices",), axis_types=(AxisType.Auto,))
+        updates, state = jax.jit(
+            jax.shard_map(
+                lambda *own: step(*(x[0] for x in own)),
+                mesh=mesh,
+                in_specs=P("devices"),
+                out_specs=P(),
+            )
+        )(grads, inputs, output_grads)
+    assert_close(first_device(kind, updates), np.mean(projected, axis=0), 2e-5)
+    removed = np.linalg.norm(np.float64(grads) - projected) / np.linalg.norm(np.float64(grads))
+    fraction = first_device(kind, state).projected_fraction
+    np.testing.assert_allclose(fraction, removed, rtol=1e-5)
+
+
+def test_sync_on_emission_needs_an_axis():
+    with pytest.raises(ValueError, match="sync='emit' needs the axis_name"):
+        proma.accumulate(optax.identity(), 2, sync="emit")
+    with pytest.raises(ValueError, match="sync='never' must be one of 'microbatch', 'emit'"):
+        proma.accumulate(optax.identity(), 2, axis_name="devices", sync="never")

@@ -30,14 +30,36 @@ def check_count(name: str, value: Any) -> None:
         )
 
 
-def check_number(name: str, value: Any, least: float, most: float = float("inf")) -> None:
-    """Raises a ValueError if `value` is a known number outside [least, most]."""
-    if callable(value) or isinstance(value, jax.core.Tracer):
+def check_number(
+    name: str, value: Any, least: float, most: float = float("inf"), schedulable: bool = True
+) -> None:
+    """Raises a ValueError if `value` is not a number in [least, most], as far as it is known."""
+    if isinstance(value, jax.core.Tracer) or (schedulable and callable(value)):
         return
     is_scalar = isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
     if not is_scalar or jnp.shape(value) != () or not least <= value <= most:
+        otherwise = ", or a schedule of such" if schedulable else ""
+        raise ValueError(f"{name}={value!r} must be a number in [{least:g}, {most:g}]{otherwise}.")
+
+
+def check_mask(mask: Any) -> None:
+    """Raises a ValueError for a mask that is False and nothing more.
+
+    That is what `optax.inject_hyperparams` makes of a function, which it takes for a schedule.
+    """
+    if isinstance(mask, (bool, np.bool_)) and not mask:
         raise ValueError(
-            f"{name}={value!r} must be a number in [{least:g}, {most:g}], or a schedule of such."
+            f"mask={mask} projects nothing, which is shrinkage=0. If optax.inject_hyperparams made "
+            "it of a function, name mask in its static_args."
+        )
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Raises a ValueError unless a state is of the kind that `init` makes."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"state is of type {type(state).__name__}, but must be the {kind.__name__} that `init` "
+            "makes; one from a checkpoint must be restored as such."
         )
 
 

@@ -80,9 +80,10 @@ class Accumulation:
         _options.check_number("ridge", self.ridge, 0)
         _options.check_number("shrinkage", self.shrinkage, 0, 1)
         _options.check_number("skip_fraction", self.skip_fraction, 0, 1)
-        _options.check_number("rtol", self.rtol, 0, 1)
+        _options.check_number("rtol", self.rtol, 0, 1, schedulable=False)
         if self.relative_bound is not None:
             _options.check_number("relative_bound", self.relative_bound, 0)
+        _options.check_mask(self.mask)
 
     def projects(self, kinds: Sequence[tuple[str, type]], updates: Any) -> list[bool]:
         """Which leaves are projected, given the path and the kind of scores of each."""
@@ -158,7 +159,8 @@ def accumulate(
       inner: any optax optimizer; it runs on the last microbatch of a step only. Gradient clipping
         belongs in it, where it sees the whole step's gradient. Other extra arguments reach it.
       every_k_schedule: k, the microbatches of an optimizer step, or a function from the number of
-        optimizer steps taken so far to k.
+        optimizer steps taken so far to k. One that returns less than 1 makes every microbatch a
+        step.
       solver: of the projection P_S. "ridge" is the author's: it leaves the fraction ridge / (σ² +
         ridge) of a direction whose singular value among the unit-norm scores is σ. "qr" and "svd"
         are exact; they hold all b scores of one layer at a time.
@@ -240,7 +242,9 @@ def accumulate(
         scores: Any = None,
         **extra: Any,
     ) -> tuple[Any, AccumulateState]:
-        _check_state(updates, state.acc_grads)
+        updates = jax.tree.map(jnp.asarray, updates)
+        _options.check_state(state, AccumulateState)
+        _check_shapes(updates, state.acc_grads)
         updates = _options.mean(updates, together)
         matched = match_scores(updates, scores)
         step, m = state.gradient_step, state.mini_step
@@ -280,7 +284,9 @@ def accumulate(
 
                 return jax.lax.cond(removes, remove, lambda: jnp.zeros_like(gradient))
 
-            removed = list(map(removed_from, accumulated, updates, chosen))
+            removed = [
+                removed_from(*of_leaf) for of_leaf in zip(accumulated, updates, chosen, strict=True)
+            ]
             summed = [
                 (gradient - part + update).astype(accumulator_dtype)
                 for gradient, part, update in zip(accumulated, removed, updates, strict=True)
@@ -358,7 +364,7 @@ def has_updated(state: Any) -> jax.Array:
     return (jnp.asarray(found[0].mini_step) == 0) & (jnp.asarray(found[0].gradient_step) > 0)
 
 
-def _check_state(updates: Any, acc_grads: Any) -> None:
+def _check_shapes(updates: Any, acc_grads: Any) -> None:
     """Raises a ValueError unless the state is of parameters shaped like the updates."""
     expected = dict(jax.tree_util.tree_leaves_with_path(acc_grads))
     given = dict(jax.tree_util.tree_leaves_with_path(updates))

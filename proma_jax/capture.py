@@ -29,15 +29,17 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.extend import core
 
@@ -84,7 +86,8 @@ def sequence_scores(
 
     Raises:
       ValueError: a parameter is not floating point, the microbatch's leaves disagree on b, or
-        `logprob_fn` does not return a floating point scalar.
+        `logprob_fn` does not return a floating point scalar. What JAX raises where it cannot be
+        differentiated comes with a note that says so.
 
     Example:
       >>> import jax.numpy as jnp
@@ -93,6 +96,7 @@ def sequence_scores(
       >>> logprobs.shape, scores.inputs.shape, scores.output_grads.shape
       ((4,), (4, 5, 3), (4, 5, 2))
     """
+    check_function(logprob_fn)
 
     def per_sequence(params: Any, sequence: Any) -> tuple[Any, Any]:
         program = trace(logprob_fn, params, sequence, has_aux)
@@ -213,15 +217,34 @@ def check_scores(
     return errors
 
 
+def check_function(logprob_fn: Any) -> None:
+    """Raises a ValueError unless `logprob_fn` is a function."""
+    if not callable(logprob_fn):
+        raise ValueError(
+            f"logprob_fn={logprob_fn!r} must be a function (params, sequence) -> log-probability."
+        )
+
+
 def check_parameters(params: Any) -> None:
     """Raises a ValueError unless every parameter is floating point."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        is_array = isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, int, complex))
+        kind = jnp.result_type(leaf) if is_array else type(leaf).__name__
+        if not is_array or not jnp.issubdtype(kind, jnp.floating):
             raise ValueError(
-                f"params{jax.tree_util.keystr(path)} is {dtype}, but parameters must be floating "
+                f"params{jax.tree_util.keystr(path)} is {kind}, but parameters must be floating "
                 "point: pass it in the sequence or close over it."
             )
+
+
+@contextlib.contextmanager
+def differentiating() -> Iterator[None]:
+    """Explains what JAX raises where a program has no gradient."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note("logprob_fn must be differentiable in reverse mode, as by jax.grad.")
+        raise
 
 
 def _check_microbatch(microbatch: Any) -> None:
@@ -601,7 +624,8 @@ class Program:
             return self.run([*values, *data], probes, self.reported)
 
         differentiate = jax.grad(run, argnums=(0, 1), has_aux=True)
-        (gradients, taps), outputs = differentiate([leaves[i] for i in self.dense], probes)
+        with differentiating():
+            (gradients, taps), outputs = differentiate([leaves[i] for i in self.dense], probes)
         scores: list[ScoreLeaf] = [
             self.dense_leaf(i, gradients.pop(0))
             if i in self.dense

@@ -127,11 +127,20 @@ def accumulated_gradient(
     """
     if accumulator_dtype is None or not jnp.issubdtype(accumulator_dtype, jnp.floating):
         raise ValueError(f"{accumulator_dtype=} must be a floating point type, like 'float32'.")
+    for name, settings, kind in [
+        ("accumulation", accumulation, Accumulation),
+        ("intra", intra, Intra),
+    ]:
+        if not isinstance(settings, kind | None):
+            raise ValueError(f"{name}={settings!r} must be a proma_jax.{kind.__name__}, or None.")
+    capture.check_function(logprob_fn)
 
     def gradient_fn(
         params: Any, batch: Any, coefficients: Array, step: ArrayLike = 0
     ) -> tuple[Any, GradientMetrics]:
         coefficients, step = jnp.asarray(coefficients), jnp.asarray(step, jnp.int32)
+        if step.ndim:
+            raise ValueError(f"step has shape {step.shape}, but must be one number.")
         capture.check_parameters(params)
         _check_batch(batch, coefficients)
         program = _trace_one(logprob_fn, params, batch, has_aux)
@@ -171,11 +180,13 @@ def accumulated_gradient(
 
 
 def _check_batch(batch: Any, coefficients: Array) -> None:
-    if coefficients.ndim != 2:
+    if coefficients.ndim != 2 or not coefficients.size or jnp.iscomplexobj(coefficients):
         raise ValueError(
-            f"coefficients has shape {coefficients.shape}: it must be (k, b), one weight for each "
-            "of the b sequences of each of the k microbatches."
+            f"coefficients has shape {coefficients.shape} and type {coefficients.dtype}: it must "
+            "be (k, b), one real weight for each of the b sequences of each of the k microbatches."
         )
+    if not jax.tree.leaves(batch):
+        raise ValueError("batch has no arrays: every leaf must have two leading axes (k, b).")
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         if jnp.shape(leaf)[:2] != coefficients.shape:
             raise ValueError(
@@ -413,9 +424,10 @@ class _Plan:
             )
             return jnp.sum(logprobs), outputs
 
-        (dense, late, nodes, sums), outputs = jax.grad(value, has_aux=True)(
-            (dense, late, nodes, sums)
-        )
+        with capture.differentiating():
+            (dense, late, nodes, sums), outputs = jax.grad(value, has_aux=True)(
+                (dense, late, nodes, sums)
+            )
         parts, norms = automatic(
             self._collect,
             ([spec_of(total) for total in totals], PartitionSpec()),
@@ -442,7 +454,7 @@ class _Plan:
         """The parts of all leaves and the norms of `_parts`, from what the backward pass made."""
         program, b = self.program, coefficients.shape[0]
         parts: list[Any] = [None] * len(totals)
-        norms = []
+        norms = [jnp.zeros((1, 3), jnp.float32)]
         waiting: dict[int, ScoreLeaf] = {}
         for i, spec in enumerate(self.leaves):
             if spec.where == "node":
@@ -706,7 +718,10 @@ class _Plan:
                     else flat.lengths(coefficients * flat.norms)
                 )
             of_all = jax.tree.map(lambda *xs: jnp.concatenate(xs), *products)
-            weights, lengths = removal(of_all, jnp.concatenate(own_lengths), **numbers.accumulation)
+            weights, lengths = removal(
+                of_all, jnp.concatenate(own_lengths) / of_all.size, **numbers.accumulation
+            )
+            weights, lengths = weights * of_all.size[:, None], lengths * of_all.size
             removed, start = {}, 0
             for i, product in zip(chosen, products, strict=True):
                 here = slice(start, start := start + len(product.norms))

@@ -78,6 +78,7 @@ class Intra:
         choices = get_args(Orthonormalization)
         _options.check_choice("orthonormalization", self.orthonormalization, choices)
         _options.check_number("shrinkage", self.shrinkage, 0, 1)
+        _options.check_mask(self.mask)
 
     def projects(self, kinds: Sequence[tuple[str, type]], updates: Any) -> list[bool]:
         """Which leaves are projected, given the path and the kind of scores of each."""
@@ -256,6 +257,8 @@ def project_intra(
         **extra: Any,
     ) -> tuple[Any, ProjectIntraState]:
         del params, extra
+        updates = jax.tree.map(jnp.asarray, updates)
+        _options.check_state(state, ProjectIntraState)
         matched = match_scores(updates, scores)
         projects = options.projects([(path, type(leaf)) for path, _, leaf in matched], updates)
         chosen = [

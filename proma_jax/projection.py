@@ -79,10 +79,11 @@ def removed_part(
         return scores.view.invert(jax.lax.psum(part, axis_name))
     if solver == "ridge":
         scores = scores.compact()
+        products = unit_products(scores, layers)
         weights, _ = removal(
-            unit_products(scores, layers), own_lengths, ridge, shrinkage, relative_bound
+            products, own_lengths / products.size, ridge, shrinkage, relative_bound
         )
-        return scores.view.invert(scores.weighted_sum(weights))
+        return scores.view.invert(_times(scores.weighted_sum(weights), products.size))
     if axis_name is not None:
         dense = scores.dense()
         values = jax.lax.all_gather(dense.values, axis_name, tiled=True)
@@ -91,8 +92,13 @@ def removed_part(
     if axis_name is not None:
         projected = jax.lax.pmean(projected, axis_name)  # the same on all, and known to be
     lengths = layer_norms(projected, scores.num_layer_axes)
-    scale = shrinkage * _bounding(lengths, own_lengths, relative_bound)
-    return scores.view.invert(projected * jnp.expand_dims(scale, range(scale.ndim, projected.ndim)))
+    scale = jnp.asarray(shrinkage) * _bounding(lengths, own_lengths, relative_bound)
+    return scores.view.invert(_times(projected, scale))
+
+
+def _times(layers: jax.Array, factors: jax.Array) -> jax.Array:
+    """(*layers, ...) times (*layers,)."""
+    return layers * jnp.expand_dims(factors, range(factors.ndim, layers.ndim))
 
 
 class UnitProducts(NamedTuple):
@@ -100,13 +106,15 @@ class UnitProducts(NamedTuple):
 
     Attributes:
       gram: (*layers, b, b), <ŝ_i, ŝ_j>.
-      dots: (*layers, b), <ŝ_i, G>.
+      dots: (*layers, b), <ŝ_i, G> / size.
       norms: (*layers, b), ‖s_i‖.
+      size: (*layers,), 1, or a size of G if that would not be safe.
     """
 
     gram: jax.Array
     dots: jax.Array
     norms: jax.Array
+    size: jax.Array
 
     def lengths(self, weights: jax.Array) -> jax.Array:
         """(*layers,) norms of Σ_i weights_i ŝ_i."""
@@ -124,20 +132,26 @@ def unit_products(scores: ScoreLeaf, layers: jax.Array) -> UnitProducts:
       layers: G, in the scores' layout.
     """
 
-    def rescaled() -> tuple[jax.Array, jax.Array, jax.Array]:
+    def rescaled() -> tuple[jax.Array, ...]:
         moderate, sizes = scores.rescaled()
-        return moderate.gram(), moderate.dots(layers), jnp.moveaxis(sizes, 0, -1)
+        axes = tuple(range(scores.num_layer_axes, layers.ndim))
+        size = jnp.max(jnp.abs(wide(layers)), axis=axes, initial=0)
+        size = jnp.where(size > 0, size, 1)
+        of_moderate = moderate.dots(_times(wide(layers), 1 / size))
+        return moderate.gram(), of_moderate, jnp.moveaxis(sizes, 0, -1), size
 
-    gram = scores.gram()
+    gram, dots = scores.gram(), scores.dots(layers)
     squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
-    are_moderate = jnp.all((squares > 1e-24) & (squares < 1e24))
-    gram, dots, sizes = jax.lax.cond(
-        are_moderate, lambda: (gram, scores.dots(layers), jnp.ones_like(squares)), rescaled
+    are_moderate = (squares > 1e-16) & (squares < 1e16)
+    are_moderate &= (jnp.abs(dots) > 1e-18) & (jnp.abs(dots) < 1e18)
+    ones, one = jnp.ones_like(squares), jnp.ones_like(squares, shape=squares.shape[:-1])
+    gram, dots, sizes, size = jax.lax.cond(
+        jnp.all(are_moderate), lambda: (gram, dots, ones, one), rescaled
     )
     norms = _sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
     to_unit = jnp.where(norms == 0, 0, 1 / jnp.where(norms == 0, 1, norms))
     unit_gram = gram * to_unit[..., :, None] * to_unit[..., None, :]
-    return UnitProducts(unit_gram, dots * to_unit, norms * sizes)
+    return UnitProducts(unit_gram, dots * to_unit, norms * sizes, size)
 
 
 def _products_of_all(
@@ -171,7 +185,8 @@ def _products_of_all(
     )
     own = DenseScores(shares, num_layer_axes)
     gram, dots = jax.lax.psum((own.gram(), own.dots(of_gradient)), axis_name)
-    products = UnitProducts(gram, dots, jnp.ones_like(dots))
+    one = jnp.ones_like(dots, shape=dots.shape[:-1])
+    products = UnitProducts(gram, dots, jnp.ones_like(dots), one)
     return products, jnp.moveaxis(norms, 0, -1)
 
 
@@ -186,13 +201,14 @@ def removal(
 
     Args:
       products: of layers (*layers,).
-      own_lengths: (*layers,), ‖g_m‖.
+      own_lengths: (*layers,), ‖g_m‖ / size.
       ridge: as in `removed_part`.
       shrinkage: as in `removed_part`.
       relative_bound: as in `removed_part`.
 
     Returns:
-      (*layers, b) weights of the scores s_i, and the (*layers,) norms of what they sum to.
+      (*layers, b) weights of the scores s_i, and the (*layers,) norms of what they sum to, both
+      divided by `size`.
     """
     weights = _solve_damped(products.gram, products.dots, ridge)
     lengths = products.lengths(weights)

@@ -597,12 +597,15 @@ def match_scores(updates: Any, scores: Any) -> list[tuple[str, Array, ScoreLeaf 
 
     Raises:
       ValueError: scores are missing, have no leaf at a path or one of another shape, disagree on b,
-        or hold a leaf that `updates` lacks; the message names the leaf and both shapes.
+        or hold a leaf that `updates` lacks; or something is not floating point. The message names
+        the leaf and both shapes.
     """
     if scores is None:
         raise ValueError(
             "scores is None: pass update(updates, state, params, scores=scores), from "
-            "proma_jax.sequence_scores. A wrapper that drops extra arguments cannot be around it."
+            "proma_jax.sequence_scores. If you do, something around the transformation drops extra "
+            "arguments, as some of optax's wrappers do, and as `accumulate` does for its inner "
+            "optimizer: put it outside of that, by optax.chain (docs/optax.md)."
         )
     by_path = dict(jax.tree_util.tree_leaves_with_path(scores, is_leaf=_stands_for_leaf))
     update_leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_masked)
@@ -613,13 +616,19 @@ def match_scores(updates: Any, scores: Any) -> list[tuple[str, Array, ScoreLeaf 
         if path not in paths and masked.isdisjoint(prefixes):
             raise ValueError(
                 f"scores{_name(path)} has no counterpart in updates: both must come from one tree, "
-                "with a score leaf or None for every single leaf."
+                "with a score leaf or None for every leaf, and no wrapper may change the tree of "
+                "updates alone, as optax.flatten does."
             )
     matched: list[tuple[str, Array, ScoreLeaf | None]] = []
     batch_sizes: dict[int, str] = {}
     for path, update in update_leaves:
         if _is_masked(update):
             continue
+        if not jnp.issubdtype(update.dtype, jnp.floating):
+            raise ValueError(
+                f"updates{_name(path)} is {update.dtype}, but gradients must be floating point: "
+                "leave the leaf out of the parameters, or mask it with optax.masked."
+            )
         if path not in by_path:
             raise ValueError(
                 f"scores has no leaf for updates{_name(path)} of shape {update.shape}: give its "
@@ -671,9 +680,13 @@ def _checked(path: str, update: Array, leaf: Any) -> ScoreLeaf:
             f"scores{path} ({type(leaf).__name__}) are of a leaf of shape {leaf.leaf_shape}, but "
             f"updates{path} has shape {update.shape}."
         )
+    _check_floating(path, leaf)
+    return with_layout(leaf, update)
+
+
+def _check_floating(path: str, leaf: ScoreLeaf) -> None:
     if not jnp.issubdtype(gradient_dtype(leaf), jnp.floating):
         raise ValueError(f"scores{path} must be floating point, got {gradient_dtype(leaf)}.")
-    return with_layout(leaf, update)
 
 
 def weighted_sum(scores: Any, coefficients: Array) -> Any:
@@ -689,7 +702,7 @@ def weighted_sum(scores: Any, coefficients: Array) -> Any:
       A pytree shaped and typed like the parameters. The sums are taken in float32.
 
     Raises:
-      ValueError: `coefficients` is not of shape (b,).
+      ValueError: `coefficients` is not of shape (b,) or not real; a leaf is not floating point.
 
     Example:
       >>> import jax.numpy as jnp
@@ -698,11 +711,14 @@ def weighted_sum(scores: Any, coefficients: Array) -> Any:
       [31.0, 42.0]
     """
     coefficients = jnp.asarray(coefficients)
+    if jnp.iscomplexobj(coefficients):
+        raise ValueError(f"coefficients is {coefficients.dtype}, but must be real.")
 
     def one_leaf(path: Any, leaf: Any) -> Array | None:
         if leaf is None:
             return None
         leaf = as_score_leaf(leaf)
+        _check_floating(_name(path), leaf)
         if coefficients.shape != (leaf.batch_size,):
             raise ValueError(
                 f"coefficients has shape {coefficients.shape}, but scores{_name(path)} "

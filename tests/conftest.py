@@ -1,6 +1,6 @@
 """Sets JAX up for tests: eight virtual CPU devices, and compilation that is quick and remembered.
 
-Hypothesis draws the same examples every time.
+Hypothesis draws the same few examples every time; `make campaign` has it draw thousands of others.
 """
 
 import importlib.metadata
@@ -25,4 +25,5 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS])
 
 settings.register_profile("proma_jax", derandomize=True, deadline=None, max_examples=25)
+settings.register_profile("campaign", deadline=None, max_examples=4000)
 settings.load_profile("proma_jax")

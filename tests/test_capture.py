@@ -520,6 +520,8 @@ def total(params, x):
         (lambda: sequence_scores(total)({"n": jnp.arange(3)}, jnp.ones(2)), r"\['n'\] is int32"),
         (lambda: sequence_scores(total)([jnp.ones(2) * 1j], jnp.ones(2)), r"\[0\] is complex64"),
         (lambda: sequence_scores(total)(True, jnp.ones(2)), "params is bool"),
+        (lambda: sequence_scores(total)({"n": "a"}, jnp.ones(2)), r"\['n'\] is str"),
+        (lambda: sequence_scores(3), "logprob_fn=3 must be a function"),
         (lambda: describe_scores(total, 1, jnp.ones(2)), "params is int32"),
         (lambda: check_scores(total, 1, jnp.ones(2)), "params is int32"),
         (lambda: sequence_scores(total)(1.0, ()), "no arrays"),
@@ -545,3 +547,18 @@ def total(params, x):
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def endless(params, x):
+    return jax.lax.while_loop(lambda c: c < 10, lambda c: c + jnp.sum(params * x), 0.0)
+
+
+def callback(params, x):
+    return jax.pure_callback(jnp.sum, jax.ShapeDtypeStruct((), jnp.float32), params * x)
+
+
+@pytest.mark.parametrize("logprob_fn", [endless, callback])
+def test_what_has_no_gradient_is_said_to_have_none(logprob_fn):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        sequence_scores(logprob_fn)(jnp.ones(3), jnp.ones((2, 3)))
+    assert "must be differentiable in reverse mode" in raised.value.__notes__[0]

@@ -288,6 +288,10 @@ def test_no_score_outlives_its_layer():
     [
         ((jnp.ones((2, 3)), jnp.ones(3)), r"coefficients has shape \(3,\)"),
         ((jnp.ones((3, 4, 3)), jnp.ones((3, 2))), r"batch has shape \(3, 4, 3\)"),
+        ((jnp.ones((0, 2, 3)), jnp.ones((0, 2))), r"coefficients has shape \(0, 2\)"),
+        ((jnp.ones((2, 2, 3)), 1j * jnp.ones((2, 2))), "type complex64: it must be .* real"),
+        (({}, jnp.ones((3, 2))), "batch has no arrays"),
+        ((jnp.ones((3, 2, 3)), jnp.ones((3, 2)), jnp.ones(2)), r"step has shape \(2,\)"),
     ],
 )
 def test_a_batch_without_its_axes_is_refused(arguments, message):
@@ -299,6 +303,10 @@ def test_a_batch_without_its_axes_is_refused(arguments, message):
 def test_settings_and_parameters_are_checked():
     with pytest.raises(ValueError, match="accumulator_dtype='int32'"):
         proma.accumulated_gradient(jnp.sum, accumulator_dtype="int32")
+    with pytest.raises(ValueError, match=r"accumulation=True must be a proma_jax\.Accumulation"):
+        proma.accumulated_gradient(jnp.sum, accumulation=True)
+    with pytest.raises(ValueError, match="logprob_fn=1 must be a function"):
+        proma.accumulated_gradient(1)
     with pytest.raises(ValueError, match=r"ridge=-1"):
         proma.Accumulation(ridge=-1)
     with pytest.raises(ValueError, match="rank=0"):
@@ -306,3 +314,14 @@ def test_settings_and_parameters_are_checked():
     gradient_fn = proma.accumulated_gradient(lambda w, x: jnp.sum(x @ w))
     with pytest.raises(ValueError, match="params is int32"):
         gradient_fn(jnp.ones((3, 2), jnp.int32), jnp.ones((2, 2, 5, 3)), jnp.ones((2, 2)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_parameters_are_harmless(variant):
+    accumulation, intra = VARIANTS[variant]
+    gradient_fn = proma.accumulated_gradient(
+        lambda params, x: jnp.sum(x), accumulation=accumulation, intra=intra
+    )
+    grads, metrics = gradient_fn({}, jnp.ones((2, 3, 4)), jnp.ones((2, 3)))
+    assert grads == {}
+    assert metrics.accumulation_fraction.tolist() == metrics.intra_fraction.tolist() == [0, 0]

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from absl.testing import parameterized
-from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -199,14 +198,6 @@ def test_k_and_every_option_may_be_schedules_of_the_optimizer_steps():
     assert_close(emitted[4], emitted_gradient(steps[2:], **second))
 
 
-def test_injected_hyperparameters():
-    steps = microbatches(2)
-    injected = optax.inject_hyperparams(proma.accumulate, static_args="every_k_schedule")
-    emitted, state = run(injected(KEEP, 2, shrinkage=0.5, relative_bound=0.2), steps)
-    assert_close(emitted[-1], emitted_gradient(steps, shrinkage=0.5, relative_bound=0.2))
-    assert state.hyperparams.keys() >= {"shrinkage", "relative_bound", "ridge", "skip_fraction"}
-
-
 def test_projected_fraction_is_what_was_removed():
     steps = microbatches(3)
     _, before = run(proma.accumulate(KEEP, 4, solver="qr"), steps[:2])
@@ -235,75 +226,12 @@ def test_masks_choose_the_projected_leaves():
         assert_close(masked, plain | {"kernel": projected["kernel"]})
 
 
-def test_masked_and_partitioned_leaves_are_left_out():
-    steps = microbatches(2)
-    ours = {"kernel": True, "bias": True, "stack": True, "plain": False}
-    tx = optax.masked(proma.accumulate(KEEP, 2), ours)
-    emitted, _ = run(tx, steps)
-    expected = emitted_gradient(steps)
-    assert_close({**emitted[-1], "plain": 0}, {**expected, "plain": 0})
-    labels = {"kernel": "a", "bias": "b", "stack": "a", "plain": "b"}
-    tx = optax.partition({"a": proma.accumulate(KEEP, 2), "b": proma.accumulate(KEEP, 2)}, labels)
-    assert_close(run(tx, steps)[0][-1], expected)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("solver", ["ridge", "qr", "svd"])
-def test_dtypes_structures_and_weak_types_are_kept_and_it_compiles_once(dtype, solver):
-    steps = microbatches(4, dtype=dtype)
-    params = jax.tree.map(jnp.ones_like, steps[0][0])
-    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
-    tx = proma.accumulate(inner, 2, solver=solver)
-    state = tx.init(params)
-    typed = jax.tree.map(jax.typeof, state)
-    assert {x.dtype for x in jax.tree.leaves(state.acc_grads)} == {jnp.dtype(jnp.float32)}
-
-    chex.clear_trace_counter()
-
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def step(grads, state, params, scores):
-        updates, state = tx.update(grads, state, params, scores=scores)
-        return optax.apply_updates(params, updates), updates, state
-
-    for grads, scores in steps:
-        params, updates, state = step(grads, state, params, scores)
-        chex.assert_trees_all_equal_dtypes(updates, grads)
-        assert jax.tree.map(jax.typeof, state) == typed
-    abstract = jax.eval_shape(tx.init, params)
-    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, state)
-
-
 def test_bfloat16_gradients_are_summed_in_float32():
     steps = [(grads, scores) for grads, scores in microbatches(32, dtype=jnp.bfloat16)]
     exact = jax.tree.map(lambda *g: sum(np.float64(x) for x in g), *[grads for grads, _ in steps])
     emitted = emitted_gradient(steps, shrinkage=0.0)
     assert_close(emitted, exact, 4e-3)
     chex.assert_trees_all_equal_dtypes(emitted, steps[0][0])
-
-
-def test_scan_and_vmap_over_an_ensemble_agree_with_a_loop():
-    steps = microbatches(4)
-    tx = proma.accumulate(optax.adam(0.1), 2)
-    params = jax.tree.map(jnp.zeros_like, steps[0][0])
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *steps)
-
-    def body(state, step):
-        updates, state = tx.update(step[0], state, params, scores=step[1])
-        return state, updates
-
-    state, updates = jax.jit(functools.partial(jax.lax.scan, body))(tx.init(params), stacked)
-    emitted, last = run(tx, steps)
-    chex.assert_trees_all_close(jax.tree.map(lambda x: x[-1], updates), emitted[-1], atol=1e-6)
-    chex.assert_trees_all_close(state, last, atol=1e-6)
-
-    ensemble = jax.tree.map(lambda x: jnp.stack([x, x]), tx.init(params))
-    both, _ = jax.vmap(lambda s, g, c: tx.update(g, s, params, scores=c))(
-        jax.tree.map(lambda x: jnp.stack([x, x]), run(tx, steps[:1])[1]),
-        *jax.tree.map(lambda x: jnp.stack([x, x]), steps[1]),
-    )
-    chex.assert_trees_all_equal_shapes(ensemble.acc_grads, both)
-    chex.assert_trees_all_close(both, jax.tree.map(lambda x: jnp.stack([x, x]), emitted[1]))
 
 
 @pytest.mark.parametrize("where", ["updates", "scores"])
@@ -495,16 +423,6 @@ def test_a_state_beyond_k_emits_at_once():
     assert state.mini_step == 0
 
 
-def test_a_fresh_state_can_be_donated():
-    steps = microbatches(2)
-    tx = optax.chain(proma.accumulate(optax.adam(0.1), 2))
-    update = jax.jit(lambda g, s, c: tx.update(g, s, scores=c), donate_argnums=(1,))
-    state = tx.init(steps[0][0])
-    for grads, scores in steps:
-        _, state = update(grads, state, scores)
-    assert proma.has_updated(state)
-
-
 def test_bfloat16_parameters_take_float32_gradients():
     steps = microbatches(2)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), steps[0][0])
@@ -525,23 +443,6 @@ def test_float64_is_kept(solver):
         assert state.projected_fraction.dtype == jnp.float32
 
 
-def test_nnx_optimizer_takes_the_step_that_the_transformation_takes():
-    model = nnx.Linear(5, 4, rngs=nnx.Rngs(0))
-    tx = proma.accumulate(optax.adam(0.1), 2)
-    params = nnx.state(model, nnx.Param)
-    optimizer, state = nnx.Optimizer(model, tx, wrt=nnx.Param), tx.init(params)
-    for grads, scores in microbatches(2):
-        grads, scores = (
-            nnx.State({name: nnx.Param(tree[name]) for name in ("kernel", "bias")})
-            for tree in (grads, scores)
-        )
-        updates, state = tx.update(grads, state, params, scores=scores)
-        params = optax.apply_updates(params, updates)
-        optimizer.update(model, grads, scores=scores)
-    assert proma.has_updated(optimizer.opt_state)
-    chex.assert_trees_all_close(nnx.state(model, nnx.Param), params)
-
-
 def test_masks_that_do_not_fit_are_named():
     grads, scores = microbatches(1)[0]
     everything = dict.fromkeys(grads, True)
@@ -553,11 +454,3 @@ def test_masks_that_do_not_fit_are_named():
         tx = proma.accumulate(KEEP, 2, mask=mask)
         with pytest.raises(ValueError, match=message):
             tx.update(grads, tx.init(grads), scores=scores)
-
-
-def test_a_wrapper_that_drops_the_scores_is_an_error():
-    grads, scores = microbatches(1)[0]
-    tx = optax.MultiSteps(proma.accumulate(KEEP, 2), 1).gradient_transformation()
-    tx = optax.chain(tx)
-    with pytest.raises(ValueError, match="scores is None"):
-        tx.update(grads, tx.init(grads), scores=scores)

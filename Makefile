@@ -33,7 +33,7 @@ fi; \
 echo "Using $$($$python --version) ($$python)"
 endef
 
-.PHONY: help demo bench test lint format typecheck test-floor test-newest lock clean
+.PHONY: help demo bench test campaign lint format typecheck test-floor test-newest lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -54,6 +54,9 @@ bench: .venv/.experiments  ## time an optimizer step of every method, on a small
 test: .venv/.dev  ## run all tests and doctests at the locked versions
 	@echo "Running the tests and doctests"
 	@.venv/bin/$(PYTEST)
+
+campaign: .venv/.dev  ## run thousands of random cases, and training killed at 25 moments (an hour)
+	@.venv/bin/$(PYTEST) -m "campaign or hypothesis" --hypothesis-profile campaign
 
 lint: .venv/.dev  ## check style and formatting
 	@.venv/bin/ruff check

@@ -68,9 +68,15 @@ def check_restorable(saved: Any, state: Any) -> None:
 
 def _leaves(tree: Any) -> dict[str, Any]:
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        jax.tree_util.keystr(path, simple=True, separator="."): _without_key(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def _without_key(leaf: Any) -> Any:
+    """A PRNG key as the numbers that it is saved as."""
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
 
 
 def _is_version(name: str) -> bool:

@@ -112,6 +112,20 @@ def test_accumulation_is_right_for_degenerate_scores_of_any_size(
         assert np.linalg.norm(np.float64(updates[leaf]) - expected) <= 1e-4 * size
 
 
+@pytest.mark.parametrize("of_scores", [1e-30, 1e-11, 1e11, 1e30])
+@pytest.mark.parametrize("of_grads", [1e-30, 1e-11, 1e11, 1e30])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_sizes_of_scores_and_gradients_do_not_matter(solver, of_grads, of_scores):
+    rng = np.random.default_rng(0)
+    state = proma.accumulate(optax.identity(), K).init(jnp.zeros(4))
+    grads = jnp.asarray(of_grads * rng.normal(size=(K, 4)), jnp.float32)
+    scores = jnp.asarray(of_scores * rng.normal(size=(K, 2, 4)), jnp.float32)
+    for g, s in zip(grads, scores, strict=True):
+        updates, state = updater(solver, True)(g, state, s, 1.0, 0.5, 0.0)
+    options = {"solver": solver, "relative_bound": 0.5}
+    assert_close(updates, oracles.accumulate(*map(np.float64, (grads, scores)), **options), 1e-4)
+
+
 @functools.cache
 def projector(method, rank):
     return jax.jit(proma.project_intra(rank=rank, orthonormalization=method).update)

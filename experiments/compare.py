@@ -3,10 +3,11 @@
 import dataclasses
 import pathlib
 import time
+from collections.abc import Callable
 
 import tyro
 
-from experiments import figures, report, warm_start
+from experiments import figures, preemption, records, report, warm_start
 from experiments.methods import MethodName
 from experiments.training import RunConfig, TrainingConfig, update_norms
 
@@ -47,9 +48,15 @@ class Command:
 
 def main(command: Command) -> None:
     """Runs the command."""
+    records.check_writable(command.directory)
+    with preemption.handled() as stopping:
+        _compare(command, stopping)
+
+
+def _compare(command: Command, stopping: Callable[[], bool]) -> None:
     began = time.monotonic()
     report.settings(command.training, command.start)
-    graphdef, params = report.start(command.start, command.start_directory)
+    graphdef, params = report.start(command.start, command.start_directory, stopping)
     results: figures.Results = {method: [] for method in command.methods}
     for seed in command.seeds:
         directory_of = {name: command.directory / name / f"seed_{seed}" for name in command.methods}
@@ -58,7 +65,8 @@ def main(command: Command) -> None:
             if method == "grpo_matched":
                 norms = update_norms(directory_of["proma_accumulation"])
             config = RunConfig(method, seed, command.start, command.training, norms)
-            results[method].append(report.train(config, graphdef, params, directory))
+            rows = report.train(config, graphdef, params, directory, stopping)
+            results[method].append(rows)
     report.terminal.print(report.summary(results))
     files = figures.draw(results, command.directory / "figures")
     report.terminal.print(

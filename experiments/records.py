@@ -3,22 +3,40 @@
 config.json       the settings; a directory never mixes two
 environment.json  one entry for each process that worked on the run
 metrics.jsonl     one row per optimizer step, none lost or doubled by an interruption
-checkpoints/      the latest state (orbax)
+checkpoints/      the latest state (orbax), in a folder named after its step
+
+A checkpoint holds what the next step needs and nothing else can give: the warm start's
+(`warm_start.State`) the parameters, the optimizer's state and the last validation accuracy; a
+run's (`training.State`) the parameters, the optimizer's state with what a method adds to it (a
+running gradient, a PRNG key, the version of its format), the cumulative KL, and the rollouts of the
+batch in progress. Prompts, sampling keys, shuffles, rewards and advantages follow from these, the
+settings and the step.
+
+It is written beside the one before, synced to the disk with the metrics so far, put in place by a
+rename, and only then is the one before deleted: whatever ends a process, a whole checkpoint and all
+rows up to its step are there. `Run.restore` goes on from it; `Run.begin` drops the later rows,
+whose steps are done again.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
-from typing import Any, Self, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn, Self, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+
+import proma_jax as proma
 
 Row = Mapping[str, float]
 State = TypeVar("State")
@@ -83,6 +101,27 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name}: {old} there, {new} now"]
 
 
+@contextlib.contextmanager
+def _writing(directory: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{directory} cannot be written: {error}. Make it writable or choose another directory."
+        ) from error
+
+
+def check_writable(directory: pathlib.Path) -> None:
+    """Makes the directory if it is not there; an OSError if no file can be made in it."""
+    with _writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+
+
+class Preempted(Exception):
+    """A run stopped because it was asked to, with its checkpoint saved."""
+
+
 class Run:
     """One run's directory, opened to start the run or to go on with it.
 
@@ -92,25 +131,32 @@ class Run:
 
     Raises:
         ValueError: the directory holds a run with other settings.
+        OSError: the directory cannot be written.
     """
 
     def __init__(self, directory: pathlib.Path, config: Any):
         self.directory = directory.absolute()
-        self.directory.mkdir(parents=True, exist_ok=True)
         settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
         path = self.directory / "config.json"
-        if path.exists():
+        with _writing(directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                _replace(path, json.dumps(settings, indent=2) + "\n")
             differences = _differences(json.loads(path.read_text()), settings)
             if differences:
                 raise ValueError(
                     f"{directory} holds a run with other settings ({'; '.join(differences)}). "
                     "Choose another directory, or delete this one."
                 )
-        else:
-            _replace(path, json.dumps(settings, indent=2) + "\n")
-        self._manager = ocp.CheckpointManager(
-            self.directory / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=1)
-        )
+            self._manager = ocp.CheckpointManager(
+                self.directory / "checkpoints",
+                item_handlers=ocp.StandardCheckpointHandler(),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=1,
+                    cleanup_tmp_directories=True,
+                    async_options=ocp.options.AsyncOptions(post_finalization_callback=os.sync),
+                ),
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -124,28 +170,58 @@ class Run:
         return self._manager.latest_step()
 
     def restore(self, state: State) -> State:
-        """The checkpointed state, or `state` if there is none; drops metrics of later steps.
+        """The checkpointed state, or `state` if there is none.
 
         Args:
             state: the state to start from; also says the structure, dtypes and shardings.
+
+        Raises:
+            ValueError: the checkpoint does not fit `state`.
         """
         step = self.step
+        if step is None:
+            return state
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        try:
+            proma.check_restorable(self._manager.item_metadata(step).tree, state)
+            restored = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+            proma.check_restorable(restored, state)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.directory / 'checkpoints' / str(step)} cannot be restored: {error}. Start "
+                "in another directory, or go on with the git_commit that "
+                f"{self.directory / 'environment.json'} names."
+            ) from error
+        return restored
+
+    def begin(self, state: Any) -> None:
+        """Makes ready to work on the run: records the environment, drops metrics of later steps.
+
+        Args:
+            state: what checkpoints will hold.
+
+        Raises:
+            OSError: the directory cannot be written, or has no room for the checkpoints.
+        """
+        step = self.step
+        copies = 2 if step is None else 1  # an old and a new checkpoint exist at a time
+        needed = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise OSError(
+                f"{self.directory} has no room for checkpoints: {needed:,} bytes needed, {free:,} "
+                "free. Free some space or choose another directory."
+            )
+        path = self.directory / "environment.json"
+        earlier = json.loads(path.read_text()) if path.exists() else []
         kept = [
             json.dumps(row) + "\n"
             for row in read_metrics(self.directory)
             if step is not None and row["step"] <= step
         ]
-        _replace(self.directory / "metrics.jsonl", "".join(kept))
-        if step is None:
-            return state
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(target))
-
-    def begin(self) -> None:
-        """Records the environment of a process that is about to work on the run."""
-        path = self.directory / "environment.json"
-        earlier = json.loads(path.read_text()) if path.exists() else []
-        _replace(path, json.dumps([*earlier, environment()], indent=2) + "\n")
+        with _writing(self.directory):
+            _replace(path, json.dumps([*earlier, environment()], indent=2) + "\n")
+            _replace(self.directory / "metrics.jsonl", "".join(kept))
 
     def log(self, row: Row) -> None:
         """Appends a row, which has a "step", to the metrics."""
@@ -153,5 +229,16 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def save(self, step: int, state: Any) -> None:
-        """Checkpoints the state after `step`, in the background."""
+        """Checkpoints the state after `step` in the background, unless that was done already.
+
+        An error in the background is raised by the next `save`, or when the run is closed.
+        """
         self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def stop(self, step: int, state: Any) -> NoReturn:
+        """Checkpoints the state after `step` and ends the run's work for now."""
+        self.save(step, state)
+        raise Preempted(
+            f"Preempted after step {step}, checkpoint in {self.directory / 'checkpoints'}. "
+            "The same command goes on from there."
+        )

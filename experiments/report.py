@@ -57,11 +57,11 @@ def bar(name: str, total: int | None) -> Iterator[Callable[[records.Row], None]]
 
 
 def start(
-    config: warm_start.WarmStartConfig, directory: pathlib.Path
+    config: warm_start.WarmStartConfig, directory: pathlib.Path, stopping: Callable[[], bool]
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The warm start, with a progress bar while it trains."""
     with bar("warm start", None) as on_check:
-        graphdef, params = warm_start.warm_start(config, directory, on_check)
+        graphdef, params = warm_start.warm_start(config, directory, on_check, stopping)
         last = records.read_metrics(directory)[-1]
         on_check(last)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -78,6 +78,7 @@ def train(
     graphdef: nnx.GraphDef,
     params: nnx.State,
     directory: pathlib.Path,
+    stopping: Callable[[], bool],
 ) -> list[records.Row]:
     """One run, with a progress bar."""
     ran = False
@@ -88,7 +89,7 @@ def train(
             ran = True
             show(row)
 
-        rows = training.train(config, graphdef, params, directory, on_row=on_row)
+        rows = training.train(config, graphdef, params, directory, on_row=on_row, stopping=stopping)
         show(rows[-1])
     if not ran:
         terminal.print(f"  complete already, taken from {directory}", highlight=False)

@@ -41,6 +41,13 @@ class Rollouts(NamedTuple):
         return self.tokens[..., -self.mask.shape[-1] :]
 
 
+def no_rollouts(task: addition.Addition, count: int) -> Rollouts:
+    """`count` rollouts of nothing but padding."""
+    tokens = jnp.full((count, task.prompt_width + task.response_width), addition.PAD, jnp.int32)
+    mask = jnp.zeros((count, task.response_width), bool)
+    return Rollouts(tokens, tokens != addition.PAD, mask, jnp.zeros(mask.shape, jnp.float32))
+
+
 def response_logits(graphdef: nnx.GraphDef, params: nnx.State, rollouts: Rollouts) -> jax.Array:
     """Logits (..., R, V) that predict the response tokens, from one forward over the rollouts."""
     logits = nnx.merge(graphdef, params)(rollouts.tokens, rollouts.valid)

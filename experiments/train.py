@@ -5,7 +5,7 @@ import pathlib
 
 import tyro
 
-from experiments import report, warm_start
+from experiments import preemption, records, report, warm_start
 from experiments.methods import MethodName
 from experiments.training import RunConfig, TrainingConfig, update_norms
 
@@ -30,14 +30,16 @@ class Command:
 
 def main(command: Command) -> None:
     """Runs the command."""
+    records.check_writable(command.directory)
     norms = () if command.match is None else update_norms(command.match)
     config = RunConfig(command.method, command.seed, command.start, command.training, norms)
     directory = command.directory / command.method / f"seed_{command.seed}"
     report.settings(config.training, config.start)
-    graphdef, params = report.start(config.start, command.start_directory)
-    rows = report.train(config, graphdef, params, directory)
-    report.terminal.print(report.summary({command.method: [rows]}))
-    report.terminal.print(f"Settings, environment, metrics and checkpoint: {directory}")
+    with preemption.handled() as stopping:
+        graphdef, params = report.start(config.start, command.start_directory, stopping)
+        rows = report.train(config, graphdef, params, directory, stopping)
+        report.terminal.print(report.summary({command.method: [rows]}))
+        report.terminal.print(f"Settings, environment, metrics and checkpoint: {directory}")
 
 
 if __name__ == "__main__":

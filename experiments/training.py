@@ -2,8 +2,8 @@
 
 A rollout batch serves several optimizer steps, each with its own prompts; within a step the
 sequences of a group are spread over the microbatches at random. Prompts, sampling noise and that
-shuffle depend on the seed and the batch alone, so they are the same for every method, and a
-resumed run equals the uninterrupted one.
+shuffle depend on the seed and the batch alone, so they are the same for every method, and a run
+resumed after any of its steps equals the uninterrupted one.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class TrainingConfig:
     validation_every: int = 4
     """Optimizer steps between two greedy validations."""
     checkpoint_every: int = 10
-    """Optimizer steps between two checkpoints, at least."""
+    """Optimizer steps between two checkpoints."""
     method: methods.MethodConfig = methods.MethodConfig()
 
     def __post_init__(self):
@@ -99,6 +99,8 @@ class State(NamedTuple):
     params: nnx.State
     opt_state: optax.OptState
     cumulative_kl: jax.Array
+    rollouts: sampling.Rollouts
+    """Of the last batch sampled."""
 
 
 def train(
@@ -108,6 +110,7 @@ def train(
     directory: pathlib.Path,
     *,
     on_row: Callable[[records.Row], None] = lambda row: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> list[records.Row]:
     """Runs one method, or what is left of the run that `directory` holds.
 
@@ -117,6 +120,7 @@ def train(
         start: its parameters at the warm start.
         directory: where the run's records go.
         on_row: called with each new row of metrics.
+        stopping: called after each optimizer step and each sampling; True stops the run there.
 
     Returns:
         The metrics of the whole run. Row 0 is the start; row t > 0 describes optimizer step t:
@@ -127,7 +131,9 @@ def train(
         the update, and at times `validation`, the greedy accuracy on the held-out prompts.
 
     Raises:
-        ValueError: the directory holds a run with other settings.
+        ValueError: the directory holds a run with other settings or a checkpoint that does not fit.
+        OSError: the directory cannot be written, or has no room for the checkpoints.
+        records.Preempted: `stopping` said so; the checkpoint is saved.
     """
     settings = config.training
     method = methods.make_method(
@@ -139,29 +145,44 @@ def train(
         return sampling.greedy_accuracy(config.start.task, graphdef, params, validation_prompts)
 
     with records.Run(directory, config) as run:
-        done = run.step or 0
-        if done == settings.steps:
+        if run.step == settings.steps:
             return records.read_metrics(directory)
-        run.begin()
-        state = run.restore(State(start, method.optimizer.init(start), jnp.float32(0)))
-        if not done:
+        state = run.restore(
+            State(
+                params=start,
+                opt_state=method.optimizer.init(start),
+                cumulative_kl=jnp.float32(0),
+                rollouts=sampling.no_rollouts(
+                    config.start.task, settings.prompts * settings.group_size
+                ),
+            )
+        )
+        run.begin(state)
+        if run.step is None:
             row = {"step": 0, "start_kl": 0.0, "cumulative_kl": 0.0, "validation": validate(start)}
             run.log(row)
             on_row(row)
-        for first in range(done, settings.steps, settings.steps_per_batch):
-            rollouts, reward, minibatches = collect(config, graphdef, state.params, first)
+        done = run.step or 0
+        in_batch = done % settings.steps_per_batch
+        for first in range(done - in_batch, settings.steps, settings.steps_per_batch):
+            if first >= done:
+                state = state._replace(rollouts=collect(config, graphdef, state.params, first))
+                if stopping():
+                    run.stop(first, state)
+            reward, minibatches = divide(config, state.rollouts, first)
             for step, minibatch in enumerate(minibatches, first + 1):
-                state, row = _step(method, graphdef, start, state, minibatch, rollouts)
+                if step <= done:
+                    continue
+                state, row = _step(method, graphdef, start, state, minibatch)
                 row = {"step": step, "reward": reward, **row}
                 if step % settings.validation_every == 0 or step == settings.steps:
                     row["validation"] = validate(state.params)
                 run.log(row)
                 on_row(row)
-            if (
-                step % settings.checkpoint_every < settings.steps_per_batch
-                or step == settings.steps
-            ):
-                run.save(step, state)
+                if step % settings.checkpoint_every == 0 or step == settings.steps:
+                    run.save(step, state)
+                if stopping():
+                    run.stop(step, state)
     return records.read_metrics(directory)
 
 
@@ -170,21 +191,37 @@ def update_norms(directory: pathlib.Path) -> tuple[float, ...]:
     return tuple(row["update_norm"] for row in records.read_metrics(directory) if row["step"] > 0)
 
 
+def _prompts(config: RunConfig, batch: int) -> tuple[list[str], np.random.Generator]:
+    """A batch's prompts, one per response, and the generator that shuffles the responses."""
+    settings = config.training
+    rng = np.random.default_rng([config.seed, batch])
+    prompts = config.start.task.training_prompts(settings.prompts, rng)
+    return [prompt for prompt in prompts for _ in range(settings.group_size)], rng
+
+
 def collect(
     config: RunConfig, graphdef: nnx.GraphDef, params: nnx.State, batch: int
-) -> tuple[sampling.Rollouts, float, list[methods.Microbatch]]:
-    """Samples a rollout batch and divides it among its optimizer steps.
+) -> sampling.Rollouts:
+    """Samples a rollout batch."""
+    prompts, _ = _prompts(config, batch)
+    key = jax.random.fold_in(jax.random.key(config.seed), batch)
+    return jax.block_until_ready(
+        sampling.respond(config.start.task, graphdef, params, prompts, key)
+    )
+
+
+def divide(
+    config: RunConfig, rollouts: sampling.Rollouts, batch: int
+) -> tuple[float, list[methods.Microbatch]]:
+    """Rewards a rollout batch and divides it among its optimizer steps.
 
     Returns:
-        The rollouts; their mean reward; per optimizer step its microbatches, stacked (k, b, ...).
+        The mean reward; per optimizer step its microbatches, stacked (k, b, ...).
     """
-    task, settings = config.start.task, config.training
-    rng = np.random.default_rng([config.seed, batch])
-    prompts = task.training_prompts(settings.prompts, rng)
-    prompts = [prompt for prompt in prompts for _ in range(settings.group_size)]
-    key = jax.random.fold_in(jax.random.key(config.seed), batch)
-    rollouts = jax.device_get(sampling.respond(task, graphdef, params, prompts, key))
-    rewards = task.reward(prompts, rollouts.responses)
+    settings = config.training
+    prompts, rng = _prompts(config, batch)
+    rollouts = jax.device_get(rollouts)
+    rewards = config.start.task.reward(prompts, np.asarray(rollouts.responses))
     advantages = pg.group_relative_advantages(rewards.reshape(-1, settings.group_size)).ravel()
 
     def minibatch(share):
@@ -194,7 +231,7 @@ def collect(
         return methods.Microbatch(chosen, weights)
 
     shares = np.split(np.arange(len(prompts)), settings.steps_per_batch)
-    return rollouts, float(rewards.mean()), [minibatch(share) for share in shares]
+    return float(rewards.mean()), [minibatch(share) for share in shares]
 
 
 def _step(
@@ -203,7 +240,6 @@ def _step(
     start: nnx.State,
     state: State,
     minibatch: methods.Microbatch,
-    rollouts: sampling.Rollouts,
 ) -> tuple[State, dict[str, float]]:
     """One optimizer step, and what there is to say about it."""
     began = time.perf_counter()
@@ -211,10 +247,11 @@ def _step(
         update(method, state.params, state.opt_state, minibatch)
     )
     seconds = time.perf_counter() - began
-    divergences = _divergences(graphdef, state.params, params, start, rollouts)
+    divergences = _divergences(graphdef, state.params, params, start, state.rollouts)
     cumulative_kl = state.cumulative_kl + divergences["step_kl"]
     row = divergences | {"cumulative_kl": cumulative_kl} | lengths | {"seconds": seconds}
-    return State(params, opt_state, cumulative_kl), {k: float(v) for k, v in row.items()}
+    state = State(params, opt_state, cumulative_kl, state.rollouts)
+    return state, {k: float(v) for k, v in row.items()}
 
 
 @functools.partial(jax.jit, static_argnames="method")

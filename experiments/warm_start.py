@@ -1,13 +1,15 @@
 """The start that all methods share: a decoder trained on worked examples to about half right.
 
 Reinforcement learning needs some successes to begin with. The start is trained once, saved, and
-reused by every run that asks for the same settings.
+reused by every run that asks for the same settings. An interrupted training goes on from its last
+checkpoint, which every check of the accuracy leaves.
 """
 
 import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,10 +64,20 @@ def examples(task: addition.Addition, prompts: list[str]) -> sampling.Rollouts:
     )
 
 
+class State(NamedTuple):
+    """What the training carries from one step to the next."""
+
+    params: nnx.State
+    opt_state: optax.OptState
+    accuracy: jax.Array
+    """At the last check, NaN before the first."""
+
+
 def warm_start(
     config: WarmStartConfig,
     directory: pathlib.Path,
     on_check: Callable[[records.Row], None] = lambda row: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The trained policy, from `directory` if it is there.
 
@@ -73,41 +85,52 @@ def warm_start(
         config: its settings.
         directory: where it is, or will be.
         on_check: called with a row (step, loss, validation) at every check of the accuracy.
+        stopping: called after each step; True stops the training there.
 
     Returns:
         The decoder as `nnx.split` gives it.
 
     Raises:
-        ValueError: the directory holds another start.
+        ValueError: the directory holds another start or a checkpoint that does not fit.
+        OSError: the directory cannot be written, or has no room for the checkpoints.
         RuntimeError: the target was not reached within max_steps.
+        records.Preempted: `stopping` said so; the checkpoint is saved.
     """
     task = config.task
     graphdef, params = nnx.split(Decoder(config.decoder, rngs=nnx.Rngs(config.seed)))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.max_gradient_norm), optax.adamw(config.learning_rate)
+    )
     with records.Run(directory, config) as run:
-        if run.step is not None:
-            return graphdef, run.restore(params)
-        run.begin()
-        optimizer = optax.chain(
-            optax.clip_by_global_norm(config.max_gradient_norm), optax.adamw(config.learning_rate)
-        )
-        opt_state = optimizer.init(params)
+        state = run.restore(State(params, optimizer.init(params), jnp.float32(jnp.nan)))
+        if state.accuracy >= config.target_accuracy:
+            return graphdef, state.params
+        run.begin(state)
+        done = run.step or 0
         rng = np.random.default_rng(config.seed)
         validation_prompts = task.validation_prompts()
-        run.restore(params)
         for step in range(1, config.max_steps + 1):
-            batch = examples(task, task.training_prompts(config.batch_size, rng))
-            loss, params, opt_state = _update(optimizer, graphdef, params, opt_state, batch)
+            prompts = task.training_prompts(config.batch_size, rng)
+            if step <= done:
+                continue
+            loss, params, opt_state = _update(
+                optimizer, graphdef, state.params, state.opt_state, examples(task, prompts)
+            )
+            state = State(params, opt_state, state.accuracy)
             if step % config.check_every == 0:
                 accuracy = sampling.greedy_accuracy(task, graphdef, params, validation_prompts)
+                state = state._replace(accuracy=jnp.float32(accuracy))
                 row = {"step": step, "loss": float(loss), "validation": accuracy}
                 run.log(row)
                 on_check(row)
+                run.save(step, state)
                 if accuracy >= config.target_accuracy:
-                    run.save(step, params)
                     return graphdef, params
+            if stopping():
+                run.stop(step, state)
     raise RuntimeError(
-        f"warm start: greedy validation accuracy {accuracy:.2f} after {config.max_steps} steps, "
-        f"target_accuracy={config.target_accuracy}: raise max_steps or lower the target"
+        f"warm start: greedy validation accuracy {state.accuracy:.2f} after {config.max_steps} "
+        f"steps, target_accuracy={config.target_accuracy}: raise max_steps or lower the target"
     )
 
 

@@ -1,6 +1,8 @@
 """Every method end to end on a tiny decoder, and what interruptions may not change."""
 
+import contextlib
 import dataclasses
+import itertools
 
 import chex
 import jax
@@ -140,6 +142,24 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(method, start, runs, 
     assert without_seconds(rows) == without_seconds(runs[method])
 
 
+@pytest.mark.parametrize("method", ["grpo", "proma_accumulation", "proma_intra"])
+def test_a_run_stopped_again_and_again_ends_like_an_uninterrupted_one(
+    method, start, runs, tmp_path
+):
+    def stop_at(question):
+        answers = itertools.chain([False] * question, [True])
+        return lambda: next(answers)
+
+    stops = 0
+    for question in itertools.chain([0], itertools.repeat(1)):
+        with contextlib.suppress(records.Preempted):
+            rows = training.train(config_of(method), *start, tmp_path, stopping=stop_at(question))
+            break
+        stops += 1
+    assert stops == 6
+    assert without_seconds(rows) == without_seconds(runs[method])
+
+
 def test_a_finished_run_is_taken_as_it_is(start, runs, tmp_path):
     rows = training.train(config_of("grpo"), *start, tmp_path)
     assert without_seconds(rows) == without_seconds(runs["grpo"])
@@ -162,7 +182,8 @@ def test_a_directory_does_not_mix_settings(tmp_path):
 
 def test_a_minibatch_holds_whole_groups_spread_over_microbatches(start):
     config = config_of("grpo")
-    rollouts, reward, minibatches = training.collect(config, *start, batch=0)
+    rollouts = training.collect(config, *start, batch=0)
+    reward, minibatches = training.divide(config, rollouts, batch=0)
     assert 0 < reward < 1
     assert len(minibatches) == 2
     tokens = []
@@ -181,7 +202,9 @@ def test_a_minibatch_holds_whole_groups_spread_over_microbatches(start):
 
 
 def test_weights_are_the_advantages_over_the_minibatch_tokens(start):
-    _, _, (microbatches, _) = training.collect(config_of("grpo"), *start, batch=0)
+    config = config_of("grpo")
+    rollouts = training.collect(config, *start, batch=0)
+    _, (microbatches, _) = training.divide(config, rollouts, batch=0)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), microbatches)
     prompts = flat.rollouts.tokens[:, : START.task.prompt_width]
     groups = np.unique(prompts, axis=0, return_inverse=True)[1]

@@ -8,11 +8,13 @@ part of every sequence's score, where by default XLA would bring all scores whol
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
@@ -137,6 +139,18 @@ def without_batch_axes(params: Any, microbatch: Any) -> Any:
         return jax.sharding.reshard(leaf, PartitionSpec(*[names or None for names in kept]))
 
     return jax.tree.map(whole, params)
+
+
+def varying_like(tree: Any, like: Any) -> Any:
+    """Arrays that `jax.shard_map` takes to differ between devices where any array in `like` does.
+
+    The gradient with respect to an array that is the same on all devices is summed over them.
+    """
+    if _mesh_with(AxisType.Manual, like) is None:
+        return tree
+    arrays = [x for x in jax.tree.leaves(like) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    flag = functools.reduce(jnp.logical_or, [jnp.zeros_like(x, bool, shape=()) for x in arrays])
+    return jax.tree.map(lambda x: jnp.where(flag, x, x), tree)
 
 
 def explicit_batch_axes(arrays: Any) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ import optax
 from jax.extend import core
 
 from proma_jax import _jaxpr
-from proma_jax._mesh import axis_names, without_batch_axes
+from proma_jax._mesh import axis_names, varying_like, without_batch_axes
 from proma_jax.scores import (
     DenseScores,
     LayerFactors,
@@ -105,8 +105,9 @@ def sequence_scores(
     def scores_fn(params: Any, microbatch: Any) -> tuple[Any, Any]:
         check_parameters(params)
         _check_microbatch(microbatch)
+        own = varying_like(without_batch_axes(params, microbatch), microbatch)
         outputs, scores = jax.vmap(per_sequence, (None, 0), spmd_axis_name=spmd_axis_name)(
-            without_batch_axes(params, microbatch), microbatch
+            own, microbatch
         )
         return outputs, jax.tree.map(
             lambda leaf, scores: with_layout(scores, leaf, axis_names(spmd_axis_name)),
@@ -381,8 +382,8 @@ class Use:
                 indices = residual.astype(jnp.float32)  # exact where they are in bounds
                 indices = jnp.clip(indices, -1, self.operation.num_embeddings)
                 return None, None, (None if data_probe is None else indices, output_grad)
-            aval = self.eqn.invars[self.data].aval
-            like = jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding)
+            zeros = _jaxpr.zeros(self.eqn.invars[self.data], ())
+            like = varying_like(zeros, (residual, output_grad))
             data_grad = jax.linear_transpose(lambda data: forward(residual, data), like)(
                 output_grad
             )
@@ -616,6 +617,7 @@ class Program:
         leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
         data = jax.tree.leaves(sequence)
         probes = {path: use.probes(self.reporter[path] == path) for path, use in self.taps.items()}
+        probes = varying_like(probes, sequence)
 
         def run(dense: list[Array], probes: Any) -> tuple[Array, Any]:
             values = list(leaves)

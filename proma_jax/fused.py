@@ -45,6 +45,7 @@ from proma_jax._mesh import (
     layout_of,
     spec_of,
     spec_within,
+    varying_like,
     without_batch_axes,
 )
 from proma_jax.accumulation import Accumulation
@@ -143,6 +144,7 @@ def accumulated_gradient(
             raise ValueError(f"step has shape {step.shape}, but must be one number.")
         capture.check_parameters(params)
         _check_batch(batch, coefficients)
+        params = varying_like(params, (batch, coefficients))
         program = _trace_one(logprob_fn, params, batch, has_aux)
         plan = _Plan(program, params, accumulation, intra, spmd_axis_name)
         k = coefficients.shape[0]
@@ -169,7 +171,8 @@ def accumulated_gradient(
                 for spec, total, leaf in zip(plan.leaves, totals, leaves, strict=True)
             ]
 
-        start = plan.zeros(accumulator_dtype), jnp.zeros((), jnp.float32)
+        zeros = plan.zeros(accumulator_dtype)
+        start = zeros, _options.norm(zeros)
         (totals, _), metrics = jax.lax.scan(
             add_microbatch, start, (jnp.arange(k), batch, coefficients)
         )
@@ -406,7 +409,8 @@ class _Plan:
                     probes = use.probes(program.reporter[path] == path)
                     late[path] = jax.tree.map(for_each_sequence, probes)
                 case "node":
-                    nodes[path] = whole_totals[use.leaf], self._place(path, b)
+                    place = varying_like(self._place(path, b), coefficients)
+                    nodes[path] = whole_totals[use.leaf], place
         sums = {i: whole_totals[i] for i, spec in enumerate(self.leaves) if spec.where == "sum"}
 
         def per_sequence(
@@ -529,7 +533,8 @@ class _Plan:
             ]
             specs = jax.tree.map(spec_of, slots)
             of_all = functools.partial(self._fold, uses, layouts)
-            return automatic(of_all, specs, data, coefficients, slots, *rest)
+            parts = automatic(of_all, specs, data, coefficients, slots, *rest)
+            return varying_like(parts, coefficients)
 
         like = [use.eqn.outvars[0] for use in uses]
         fixed = jax.lax.stop_gradient(data)
@@ -730,16 +735,12 @@ class _Plan:
             return removed
 
         weight_shapes = {i: (*scores[i].layer_shape, scores[i].batch_size) for i in chosen}
-        by_weights = settings.solver == "ridge"
+        remove = together if settings.solver == "ridge" else one_by_one
 
         def nothing() -> dict[int, tuple[Array, Array]]:
-            shapes = weight_shapes if by_weights else {i: totals[i].shape for i in chosen}
-            return {
-                i: (jnp.zeros(shapes[i], totals[i].dtype), jnp.zeros((), jnp.float32))
-                for i in chosen
-            }
+            return jax.tree.map(jnp.zeros_like, jax.eval_shape(remove))
 
-        return jax.lax.cond(numbers.removes, together if by_weights else one_by_one, nothing)
+        return jax.lax.cond(numbers.removes, remove, nothing)
 
 
 def _node(
@@ -757,8 +758,9 @@ def _node(
     """
 
     def zeros(data: Array, coefficient: Array, slots: Any, numbers: _Numbers) -> list[Array]:
-        del data, coefficient, slots, numbers
-        return [_jaxpr.zeros(variable, ()) for variable in like]
+        del slots, numbers
+        probes = [_jaxpr.zeros(variable, ()) for variable in like]
+        return varying_like(probes, (data, coefficient))
 
     @jax.custom_vjp
     def of_all(data: Array, coefficients: Array, slots: Any, numbers: _Numbers) -> list[Array]:

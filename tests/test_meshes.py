@@ -428,6 +428,52 @@ def test_intra_projects_each_devices_microbatch_and_averages(kind):
     np.testing.assert_allclose(fraction, removed, rtol=1e-5)
 
 
+def in_shard_map(fn, replicated, spread):
+    """`fn` on each of eight devices' shares of the sequences, the second axis of `spread`."""
+    mesh = jax.make_mesh((DEVICES,), ("devices",), axis_types=(AxisType.Auto,))
+    own = P(None, "devices")
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=(P(), *[own] * len(spread)), out_specs=P())
+    return jax.jit(mapped)(replicated, *spread)
+
+
+def test_scores_in_shard_map_are_the_devices_own():
+    """A gradient with respect to what all devices share would be summed over them."""
+    params, tokens, coefficients = model()
+    tx = proma.accumulate(optax.identity(), 2)
+    tx_on_axis = proma.accumulate(optax.identity(), 2, axis_name="devices")
+
+    def gradient(tx, params, tokens, coefficients):
+        state = tx.init(params)
+        for m in range(2):
+            _, scores = proma.sequence_scores(logprob_fn)(params, tokens[m])
+            grads = proma.weighted_sum(scores, coefficients[m])
+            updates, state = tx.update(grads, state, params, scores=scores)
+        return updates
+
+    on_axis = functools.partial(gradient, tx_on_axis)
+    updates = in_shard_map(on_axis, params, (tokens, coefficients))
+    expected = jax.jit(functools.partial(gradient, tx))(params, tokens, coefficients / DEVICES)
+    assert_close(updates, expected, 2e-5)
+
+
+def test_the_fused_form_in_shard_map_is_of_the_devices_own_sequences():
+    params, tokens, coefficients = model()
+    gradient_fn = proma.accumulated_gradient(
+        logprob_fn, accumulation=proma.Accumulation(), intra=proma.Intra(rank=2)
+    )
+
+    def mean_gradient(params, tokens, coefficients):
+        return jax.lax.pmean(gradient_fn(params, tokens, coefficients)[0], "devices")
+
+    mean = in_shard_map(mean_gradient, params, (tokens, coefficients))
+    own = jax.jit(lambda t, c: gradient_fn(params, t, c)[0])
+    expected = jax.tree.map(
+        lambda *xs: np.mean(xs, axis=0),
+        *[own(tokens[:, [i]], coefficients[:, [i]]) for i in range(DEVICES)],
+    )
+    assert_close(mean, expected, 2e-5)
+
+
 def test_sync_on_emission_needs_an_axis():
     with pytest.raises(ValueError, match="sync='emit' needs the axis_name"):
         proma.accumulate(optax.identity(), 2, sync="emit")

@@ -55,7 +55,7 @@ test: .venv/.dev  ## run all tests and doctests at the locked versions
 	@echo "Running the tests and doctests"
 	@.venv/bin/$(PYTEST)
 
-campaign: .venv/.dev  ## run thousands of random cases, and training killed at 25 moments (an hour)
+campaign: .venv/.dev  ## run thousands of random cases, and training killed at 25 moments
 	@.venv/bin/$(PYTEST) -m "campaign or hypothesis" --hypothesis-profile campaign
 
 lint: .venv/.dev  ## check style and formatting

@@ -39,7 +39,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.extend import core
 
@@ -229,7 +228,7 @@ def check_function(logprob_fn: Any) -> None:
 def check_parameters(params: Any) -> None:
     """Raises a ValueError unless every parameter is floating point."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        is_array = isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, int, complex))
+        is_array = hasattr(leaf, "dtype") or isinstance(leaf, (float, int, complex))
         kind = jnp.result_type(leaf) if is_array else type(leaf).__name__
         if not is_array or not jnp.issubdtype(kind, jnp.floating):
             raise ValueError(

@@ -73,8 +73,8 @@ def layout_of(
       num_layer_axes: how many axes of that are layers.
       batch_axes: the mesh axes over which the sequences are spread, under Auto axes.
     """
-    if _mesh_with(AxisType.Explicit, (leaf, sequences)) is not None:
-        mesh = _mesh_with(AxisType.Explicit, (leaf, sequences))
+    mesh = _mesh_with(AxisType.Explicit, (leaf, sequences))
+    if mesh is not None:
         batch_axes, gradient = explicit_batch_axes(sequences), spec_of(leaf)
         within = spec_within(leaf, in_layout)
         if within is None:
@@ -132,11 +132,12 @@ def without_batch_axes(params: Any, microbatch: Any) -> Any:
     batch_axes = explicit_batch_axes(microbatch)
 
     def whole(leaf: jax.Array) -> jax.Array:
-        spec = spec_of(leaf)
-        kept = [tuple(n for n in axis_names(entry) if n not in batch_axes) for entry in spec]
-        if all(names == axis_names(entry) for names, entry in zip(kept, spec, strict=True)):
+        mesh, names = jax.typeof(leaf).sharding.mesh, list(map(axis_names, spec_of(leaf)))
+        kept = [tuple(name for name in of_axis if name not in batch_axes) for of_axis in names]
+        if kept == names:
             return leaf
-        return jax.sharding.reshard(leaf, PartitionSpec(*[names or None for names in kept]))
+        spec = PartitionSpec(*[of_axis or None for of_axis in kept])
+        return jax.sharding.reshard(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(whole, params)
 
@@ -148,8 +149,11 @@ def varying_like(tree: Any, like: Any) -> Any:
     """
     if _mesh_with(AxisType.Manual, like) is None:
         return tree
-    arrays = [x for x in jax.tree.leaves(like) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
-    flag = functools.reduce(jnp.logical_or, [jnp.zeros_like(x, bool, shape=()) for x in arrays])
+    numbers = [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        for x in jax.tree.leaves(like)
+    ]
+    flag = functools.reduce(jnp.logical_or, [jnp.zeros_like(x, bool, shape=()) for x in numbers])
     return jax.tree.map(lambda x: jnp.where(flag, x, x), tree)
 
 

@@ -91,6 +91,7 @@ def test_whole_steps_match_float64(seed, k, solver, shrinkage, bound, skip, scal
     assert_close(emitted_gradient(steps, **options), expected_gradient(steps, **options), 5e-5)
 
 
+@pytest.mark.any_version
 class Variants(chex.TestCase):
     @chex.all_variants
     @parameterized.parameters("ridge", "qr", "svd")
@@ -234,28 +235,6 @@ def test_bfloat16_gradients_are_summed_in_float32():
     chex.assert_trees_all_equal_dtypes(emitted, steps[0][0])
 
 
-@pytest.mark.parametrize("where", ["updates", "scores"])
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_what_is_not_finite_is_seen_and_the_next_step_is_clean(where, poison):
-    steps = microbatches(6)
-    grads, scores = steps[1]
-    if where == "updates":
-        steps[1] = ({**grads, "kernel": grads["kernel"].at[0, 0].set(poison)}, scores)
-    else:
-        steps[1] = (grads, {**scores, "kernel": scores["kernel"].at[0, 0, 0].set(poison)})
-    emitted, state = run(proma.accumulate(KEEP, 3), steps)
-    assert not jnp.isfinite(emitted[2]["kernel"]).all()
-    chex.assert_tree_all_finite((emitted[5], state))
-    assert_close(emitted[5], emitted_gradient(steps[3:]))
-
-    skipping = proma.accumulate(KEEP, 3, should_skip_update_fn=optax.skip_not_finite)
-    emitted, state = run(skipping, steps)
-    zero = jax.tree.map(jnp.zeros_like, grads)
-    no_scores = jax.tree.map(jnp.zeros_like, scores)
-    assert_close(emitted[2], emitted_gradient([steps[0], (zero, no_scores), steps[2]]))
-    assert_close(emitted[5], emitted_gradient(steps[3:]))
-
-
 def test_skipped_microbatches_count_and_say_why():
     steps = microbatches(3)
     limit = functools.partial(optax.skip_large_updates, max_squared_norm=0.0)
@@ -278,33 +257,23 @@ def test_extra_arguments_reach_the_inner_optimizer():
 # One model for each way that the scores of a leaf are put together; test_capture.py has them all.
 COMPOSED = [
     "bfloat16_parameters",
-    "cond",
     "convolution",
-    "jit_returns_its_parameter",
     "kernel_batched_in_the_middle",
-    "kernel_cast",
     "kernel_used_both_ways",
-    "kernel_used_twice",
     "linen_ScanOfRemat",
-    "linen_SeveralAxes",
     "lookups",
-    "mlp",
     "nnx_attention",
-    "nnx_einsum",
     "nnx_jit_called_twice",
-    "nnx_lora_linear",
-    "nnx_remat_called_twice",
     "nnx_scan_of_remat",
     "params_of_every_kind",
     "scan_in_a_scan_transposed",
-    "scan_returns_its_parameters",
     "scan_with_a_shared_kernel",
-    "several_axes",
     "tables_of_layers",
     "tied_embedding",
 ]
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("name", COMPOSED)
 def test_captured_scores_give_what_dense_scores_give(name):
     """With every leaf projected."""

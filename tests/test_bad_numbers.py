@@ -17,6 +17,8 @@ import proma_jax as proma
 from tests import oracles
 from tests.oracles import assert_close
 
+pytestmark = pytest.mark.any_version
+
 SOLVERS = ["ridge", "qr", "svd"]
 K = 3
 DEGENERACIES = [

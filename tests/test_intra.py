@@ -80,6 +80,7 @@ def test_gradients_match_float64(
     assert difference <= 1e-4 * np.linalg.norm(np.float64(wide["w"]))
 
 
+@pytest.mark.any_version
 class Variants(chex.TestCase):
     @chex.all_variants
     @parameterized.parameters("cholesky_qr", "qr", "svd")

@@ -8,6 +8,8 @@ import pytest
 
 from proma_jax import policy_gradient as pg
 
+pytestmark = pytest.mark.any_version
+
 B, T, V = 4, 6, 9
 MASKED_LOSSES = [
     lambda lp, other, c, mask: pg.reinforce_loss(lp, c, mask),

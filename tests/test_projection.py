@@ -12,6 +12,8 @@ from proma_jax.projection import layer_norms, removed_part
 from proma_jax.scores import DenseScores, LayerFactors, LookupFactors, SumScores
 from tests import oracles
 
+pytestmark = pytest.mark.any_version
+
 SOLVERS = ("ridge", "qr", "svd")
 EXACT = ("qr", "svd")
 run = jax.jit(removed_part, static_argnames=("solver", "rtol"))

@@ -18,6 +18,8 @@ from proma_jax.subspace import (
 )
 from tests import oracles
 
+pytestmark = pytest.mark.any_version
+
 METHODS = ("cholesky_qr", "qr", "svd")
 basis_of = jax.jit(orthonormal_basis, static_argnames=("method", "rtol"))
 KEY = jax.random.key(0)

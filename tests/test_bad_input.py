@@ -10,6 +10,8 @@ import proma_jax as proma
 from tests import oracles
 from tests.oracles import assert_close
 
+pytestmark = pytest.mark.any_version
+
 TRANSFORMATIONS = {
     "accumulate": proma.accumulate(optax.identity(), 2),
     "project_intra": proma.project_intra(rank=2),

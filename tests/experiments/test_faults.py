@@ -129,7 +129,7 @@ def assert_same_results(directory, expected):
 @pytest.mark.parametrize(
     ("kills", "method", "steps"),
     [
-        (3, "reinforce", TRAINING.steps),
+        (2, "reinforce", TRAINING.steps),
         pytest.param(25, "proma_accumulation", 600, marks=pytest.mark.campaign),
     ],
 )
@@ -142,12 +142,12 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(kills, method, steps, unint
     for kill in range(kills):
         started = time.time()
         process = start_process(command, tmp_path / "output")
-        if kill % 3 == 0:
+        if kill % 3 == 2:
             process.join(moments.uniform(0, 3))
         else:
             wait_until(process, saved_after, directory, committed)
             committed = saved_step(directory)
-        if kill % 3 == 2:
+        if kill % 3 == 1:
             wait_until(process, saving, directory, time.time())
         time.sleep(moments.uniform(0, 0.06))
         process.kill()
@@ -235,7 +235,10 @@ def test_the_handlers_from_before_come_back():
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
-    with preemption.handled():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    with contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGINT, before)
+        stack.enter_context(preemption.handled())
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -301,6 +301,7 @@ def as_layers(leaf, dense):
     return proma.DenseScores(layers, leaf.num_layer_axes, leaf.view, dense.dtype)
 
 
+@pytest.mark.any_version
 def test_an_unrolled_model_gives_what_its_scanned_twin_gives():
     unrolled, scanned, stack = models.twins()
     results = []

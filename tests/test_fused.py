@@ -122,6 +122,7 @@ def test_it_is_what_the_transformations_give_in_every_variant(name, variant):
     agree(name, variant)
 
 
+@pytest.mark.any_version
 def test_an_unrolled_model_gives_what_its_scanned_twin_gives():
     unrolled, scanned, stack = models.twins()
     for settings in (VARIANTS["bounded"], VARIANTS["intra"]):

@@ -206,6 +206,7 @@ def test_what_is_not_finite_is_seen_and_stays_in_its_leaf(poison, method):
     chex.assert_tree_all_finite(clean)
 
 
+@pytest.mark.any_version
 def test_an_unrolled_model_gives_what_its_scanned_twin_gives():
     unrolled, scanned, stack = models.twins()
     results = []

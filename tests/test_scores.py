@@ -227,6 +227,7 @@ def test_float64_scores_stay_float64():
         assert proma.weighted_sum(leaf, jnp.ones(B)).dtype == leaf.gram().dtype == jnp.float64
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("layers", [0, 2])
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_no_layers_and_no_tokens_are_harmless(layers, tokens):

@@ -307,6 +307,7 @@ def emitted_gradients(dtype):
     return run(proma.accumulate(KEEP, 2), microbatches(4, dtype))[0]
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize(
     ("inner", "dtype"),
     [(n, d) for n in NAMED_INNER for d in ("float32", "bfloat16")]

@@ -42,6 +42,17 @@ def check_number(
         raise ValueError(f"{name}={value!r} must be a number in [{least:g}, {most:g}]{otherwise}.")
 
 
+def check_axis_name(axis_name: Any) -> None:
+    """Raises a ValueError unless it names mapped axes, or is None."""
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if names is None:
+        return
+    if not isinstance(names, tuple) or not names or not all(isinstance(n, str) for n in names):
+        raise ValueError(
+            f"axis_name={axis_name!r} must be None, the name of a mapped axis, or a tuple of names."
+        )
+
+
 def check_mask(mask: Any) -> None:
     """Raises a ValueError for a mask that is False and nothing more.
 
@@ -137,7 +148,7 @@ def norm(arrays: Sequence[jax.Array], axis_name: AxisName = None) -> jax.Array:
     together = layer_norms(jnp.stack(norms)) if norms else jnp.zeros((), jnp.float32)
     if axis_name is None:
         return together
-    size = jax.lax.pmax(together, axis_name)
+    size = jax.lax.pmax(jax.lax.stop_gradient(together), axis_name)
     return size * jnp.sqrt(jax.lax.psum(divide(together, size) ** 2, axis_name))
 
 

@@ -45,7 +45,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from proma_jax import _options
-from proma_jax._mesh import automatic, spec_of
+from proma_jax._mesh import automatic, spec_of, varying_like
 from proma_jax.checkpoints import state_version
 from proma_jax.projection import Solver, removed_part
 from proma_jax.scores import AxisName, DenseScores, LayerFactors, ScoreLeaf, match_scores
@@ -185,8 +185,10 @@ def accumulate(
         nothing, but counts towards k. Default: None, nothing is skipped.
       axis_name: of one or several mapped axes, inside `jax.shard_map` or `jax.pmap`, as of
         `jax.lax.pmean`: each device has sequences, their scores and their gradient of its own, and
-        the microbatch's gradient is the mean over the axis. Default: None; arrays that are spread
-        over a mesh under `jax.jit` need none and make one microbatch.
+        the microbatch's gradient is the mean over the axis. In `jax.shard_map`, `jax.grad` with
+        respect to parameters that are the same on all devices is their sum already: docs/meshes.md.
+        Default: None; arrays that are spread over a mesh under `jax.jit` need none and make one
+        microbatch.
       sync: with `axis_name`, when the devices' parts are brought together. "microbatch" (default):
         the span is that of all devices' scores, and the result, the same on all, that of one device
         with all sequences. "emit": every device projects a running gradient of its own with its own
@@ -214,6 +216,7 @@ def accumulate(
     options = Accumulation(solver, ridge, shrinkage, relative_bound, skip_fraction, rtol, mask)
     if accumulator_dtype is None or not jnp.issubdtype(accumulator_dtype, jnp.floating):
         raise ValueError(f"{accumulator_dtype=} must be a floating point type, like 'float32'.")
+    _options.check_axis_name(axis_name)
     _options.check_choice("sync", sync, get_args(Sync))
     if sync == "emit" and axis_name is None:
         raise ValueError("sync='emit' needs the axis_name of what is brought together then.")
@@ -251,6 +254,8 @@ def accumulate(
         k = _options.at_step(every_k_schedule, step)
         projects = options.projects([(path, type(leaf)) for path, _, leaf in matched], updates)
         accumulated, numbers = jax.tree.leaves(state.acc_grads), options.at_step(step)
+        if together is None:
+            accumulated = varying_like(accumulated, (updates, scores))
         chosen = [
             leaf if project else None
             for (_, _, leaf), project in zip(matched, projects, strict=True)

@@ -226,8 +226,9 @@ def project_intra(
         names of layers nor masking, partitioning or scanning over them change anything.
       axis_name: of one or several mapped axes, inside `jax.shard_map` or `jax.pmap`, as of
         `jax.lax.pmean`. Every device then projects its own microbatch's gradient with its own
-        bases, and the result, the same on all, is the mean over the axis, as published. Default:
-        None; arrays that are spread over a mesh under `jax.jit` need none and make one microbatch.
+        bases, and the result, the same on all, is the mean over the axis, as published. As for
+        `accumulate`, the gradients must be the devices' own (docs/meshes.md). Default: None; arrays
+        that are spread over a mesh under `jax.jit` need none and make one microbatch.
 
     Returns:
       The transformation. Updates keep their dtypes; the arithmetic is float32.
@@ -237,6 +238,7 @@ def project_intra(
         updates (with the name of the leaf and both shapes), a mask that asks for a leaf without
         LayerFactors, or no leaf that has them.
     """
+    _options.check_axis_name(axis_name)
     options = Intra(rank, shrinkage, power_iterations, orthonormalization, mask, seed)
 
     def init_fn(params: Any) -> ProjectIntraState:

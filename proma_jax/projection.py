@@ -72,11 +72,11 @@ def removed_part(
     if solver == "ridge" and axis_name is not None:
         dense = scores.dense()
         products, norms = _products_of_all(dense, layers, axis_name)
-        of_all, _ = removal(products, own_lengths, ridge, shrinkage, relative_bound)
+        of_all, _ = removal(products, own_lengths / products.size, ridge, shrinkage, relative_bound)
         start = jax.lax.axis_index(axis_name) * dense.batch_size
         weights = jax.lax.dynamic_slice_in_dim(of_all, start, dense.batch_size, axis=-1)
-        part = dense.weighted_sum(divide(weights, norms))
-        return scores.view.invert(jax.lax.psum(part, axis_name))
+        part = jax.lax.psum(dense.weighted_sum(divide(weights, norms)), axis_name)
+        return scores.view.invert(_times(part, products.size))
     if solver == "ridge":
         scores = scores.compact()
         products = unit_products(scores, layers)
@@ -134,9 +134,7 @@ def unit_products(scores: ScoreLeaf, layers: jax.Array) -> UnitProducts:
 
     def rescaled() -> tuple[jax.Array, ...]:
         moderate, sizes = scores.rescaled()
-        axes = tuple(range(scores.num_layer_axes, layers.ndim))
-        size = jnp.max(jnp.abs(wide(layers)), axis=axes, initial=0)
-        size = jnp.where(size > 0, size, 1)
+        size = _size(layers, scores.num_layer_axes)
         of_moderate = moderate.dots(_times(wide(layers), 1 / size))
         return moderate.gram(), of_moderate, jnp.moveaxis(sizes, 0, -1), size
 
@@ -152,6 +150,13 @@ def unit_products(scores: ScoreLeaf, layers: jax.Array) -> UnitProducts:
     to_unit = jnp.where(norms == 0, 0, 1 / jnp.where(norms == 0, 1, norms))
     unit_gram = gram * to_unit[..., :, None] * to_unit[..., None, :]
     return UnitProducts(unit_gram, dots * to_unit, norms * sizes, size)
+
+
+def _size(layers: jax.Array, num_layer_axes: int) -> jax.Array:
+    """(*layers,), the largest magnitude in each layer, 1 where that is zero."""
+    axes = tuple(range(num_layer_axes, layers.ndim))
+    size = jnp.max(jnp.abs(wide(layers)), axis=axes, initial=0)
+    return jnp.where(size > 0, size, 1)
 
 
 def _products_of_all(
@@ -179,14 +184,13 @@ def _products_of_all(
         flat(unit, 1 + num_layer_axes), axis_name, 1 + num_layer_axes, 0, tiled=True
     )
     share = shares.shape[-1]
-    start = jax.lax.axis_index(axis_name) * share
+    start, size = jax.lax.axis_index(axis_name) * share, _size(layers, num_layer_axes)
     of_gradient = jax.lax.dynamic_slice_in_dim(
-        flat(wide(layers), num_layer_axes), start, share, axis=-1
+        flat(_times(wide(layers), 1 / size), num_layer_axes), start, share, axis=-1
     )
     own = DenseScores(shares, num_layer_axes)
     gram, dots = jax.lax.psum((own.gram(), own.dots(of_gradient)), axis_name)
-    one = jnp.ones_like(dots, shape=dots.shape[:-1])
-    products = UnitProducts(gram, dots, jnp.ones_like(dots), one)
+    products = UnitProducts(gram, dots, jnp.ones_like(dots), size)
     return products, jnp.moveaxis(norms, 0, -1)
 
 

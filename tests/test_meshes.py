@@ -4,6 +4,7 @@ import functools
 import math
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -315,11 +316,13 @@ def on_one(steps, **options):
 
 
 @pytest.mark.parametrize(
-    ("solver", "bound"), [("ridge", None), ("ridge", 0.5), ("qr", None), ("svd", None)]
+    ("solver", "bound", "size"),
+    [("ridge", None, 1), ("ridge", 0.5, 1e-30), ("qr", None, 1), ("svd", None, 1)],
 )
 @pytest.mark.parametrize("kind", ["shard_map", "pmap"])
-def test_accumulation_over_a_mapped_axis_is_that_of_one_device(kind, solver, bound):
+def test_accumulation_over_a_mapped_axis_is_that_of_one_device(kind, solver, bound, size):
     steps, options = microbatches(3), {"solver": solver, "relative_bound": bound}
+    steps = [(jax.tree.map(lambda g: size * g, grads), scores) for grads, scores in steps]
     tx = proma.accumulate(optax.identity(), 3, axis_name="devices", **options)
     updates, state = run(*mapped(tx, kind), steps)
     expected, expected_state = on_one(steps, **options)
@@ -463,6 +466,56 @@ def test_scores_in_shard_map_are_the_devices_own():
     assert_close(updates, expected, 2e-5)
 
 
+def test_gradients_of_a_loss_in_shard_map_are_taken_of_varying_parameters():
+    params, tokens, coefficients = model()
+
+    def gradients(params, tokens, coefficients):
+        def loss(params):
+            logprobs = jax.vmap(logprob_fn, (None, 0))(params, tokens[0])
+            return jnp.sum(coefficients[0] * logprobs)
+
+        if hasattr(jax.lax, "pcast"):
+            own = jax.lax.pcast(params, "devices", to="varying")
+        else:
+            own = jax.lax.pvary(params, "devices")
+        _, scores = proma.sequence_scores(logprob_fn)(params, tokens[0])
+        both = jax.grad(loss)(own), proma.weighted_sum(scores, coefficients[0])
+        return jax.lax.pmean(both, "devices")
+
+    of_loss, of_scores = in_shard_map(gradients, params, (tokens, coefficients))
+    assert_close(of_loss, of_scores, 2e-5)
+
+
+def test_a_state_made_in_shard_map_may_be_the_same_on_all_devices_at_first():
+    steps = microbatches(2)
+    tx = proma.accumulate(optax.identity(), 2, axis_name="devices", sync="emit")
+    update, state = mapped(tx, "shard_map", per_device=("acc_grads", "projected_fraction"))
+    expected, _ = run(update, state, steps)
+
+    def both(_, grads, scores):
+        state = tx.init({name: jnp.zeros(shape) for name, shape in SHAPES.items()})
+        for m in range(2):
+            g, s = (jax.tree.map(lambda x, m=m: x[m, 0], tree) for tree in (grads, scores))
+            updates, state = tx.update(g, state, scores=with_layers(s))
+        return updates
+
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *steps)
+    assert_close(in_shard_map(both, (), stacked), expected)
+
+
+def test_gradients_through_intra_pass_a_mapped_axis():
+    factors = proma.LayerFactors(jnp.ones((DEVICES, OWN, 6, 5)), jnp.ones((DEVICES, OWN, 6, 4)))
+    grads = jnp.asarray(np.random.default_rng(0).normal(size=(DEVICES, 5, 4)), jnp.float32)
+    tx = proma.project_intra(rank=1, axis_name="devices")
+
+    def loss(g, scores):
+        return jnp.sum(tx.update(g, tx.init(g), scores=scores)[0] ** 2)
+
+    gradient = jax.pmap(jax.grad(loss), axis_name="devices")(grads, factors)
+    chex.assert_tree_all_finite(gradient)
+    assert jnp.any(gradient)
+
+
 def test_the_fused_form_in_shard_map_is_of_the_devices_own_sequences():
     params, tokens, coefficients = model()
     gradient_fn = proma.accumulated_gradient(
@@ -486,3 +539,7 @@ def test_sync_on_emission_needs_an_axis():
         proma.accumulate(optax.identity(), 2, sync="emit")
     with pytest.raises(ValueError, match="sync='never' must be one of 'microbatch', 'emit'"):
         proma.accumulate(optax.identity(), 2, axis_name="devices", sync="never")
+    for make in (proma.project_intra, functools.partial(proma.accumulate, optax.identity(), 2)):
+        for wrong in (["devices"], (), 0):
+            with pytest.raises(ValueError, match=r"axis_name=.* must be None, the name of"):
+                make(axis_name=wrong)

@@ -23,18 +23,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments import compare, methods, preemption, records, train, training, warm_start
-from experiments.addition import VOCAB_SIZE, Addition
-from experiments.decoder import DecoderConfig
+from tests.experiments import tiny
 
-START = warm_start.WarmStartConfig(
-    task=Addition(digits=1, validation_problems=20),
-    decoder=DecoderConfig(
-        VOCAB_SIZE, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, hidden=16
-    ),
-    target_accuracy=0.0,
-    batch_size=64,
-    learning_rate=1e-2,
-)
+START = dataclasses.replace(tiny.START, check_every=warm_start.WarmStartConfig.check_every)
 TRAINING = training.TrainingConfig(
     steps=60,
     prompts=20,

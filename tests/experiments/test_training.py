@@ -10,19 +10,8 @@ import numpy as np
 import pytest
 
 from experiments import methods, records, sampling, training, warm_start
-from experiments.addition import VOCAB_SIZE, Addition
-from experiments.decoder import DecoderConfig
+from tests.experiments.tiny import START
 
-START = warm_start.WarmStartConfig(
-    task=Addition(digits=1, validation_problems=20),
-    decoder=DecoderConfig(
-        VOCAB_SIZE, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, hidden=16
-    ),
-    target_accuracy=0.0,
-    check_every=50,
-    batch_size=64,
-    learning_rate=1e-2,
-)
 TRAINING = training.TrainingConfig(
     steps=6,
     prompts=8,

@@ -144,7 +144,7 @@ def accumulated_gradient(
             raise ValueError(f"step has shape {step.shape}, but must be one number.")
         capture.check_parameters(params)
         _check_batch(batch, coefficients)
-        params = varying_like(params, (batch, coefficients))
+        params = varying_like(jax.tree.map(jnp.asarray, params), (batch, coefficients))
         program = _trace_one(logprob_fn, params, batch, has_aux)
         plan = _Plan(program, params, accumulation, intra, spmd_axis_name)
         k = coefficients.shape[0]
@@ -163,7 +163,7 @@ def accumulated_gradient(
             totals = [total + part for total, part in zip(totals, parts, strict=True)]
             return (totals, _options.norm(totals)), metrics
 
-        leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
+        leaves, treedef = jax.tree.flatten(params)
 
         def finish(totals: list[Array]) -> list[Array]:
             return [
@@ -287,7 +287,7 @@ class _Plan:
     ) -> None:
         self.program, self.accumulation, self.intra = program, accumulation, intra
         self.params, self.spmd_axis_name = params, spmd_axis_name
-        self.dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
+        self.dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)]
         paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
         kinds = [(path, program.kind(i)) for i, path in enumerate(paths)]
         accumulates, in_intra = (
@@ -309,7 +309,7 @@ class _Plan:
             return automatic(lambda leaf: view.apply(zeros(leaf)), spec, leaf)
 
         return [
-            in_layout(jnp.asarray(leaf), spec.view)
+            in_layout(leaf, spec.view)
             for spec, leaf in zip(self.leaves, jax.tree.leaves(self.params), strict=True)
         ]
 
@@ -397,8 +397,9 @@ class _Plan:
     ) -> tuple[list[Array], Any, Array]:
         """What a microbatch adds to each total, the outputs, and the norms of `_parts`."""
         program, b = self.program, coefficients.shape[0]
-        params = jax.tree.map(jnp.asarray, jax.tree.leaves(self.params))
-        leaves, whole_totals = without_batch_axes((params, totals), coefficients)
+        leaves, whole_totals = without_batch_axes(
+            (jax.tree.leaves(self.params), totals), coefficients
+        )
 
         for_each_sequence = functools.partial(_for_each, coefficients)
         dense = {i: for_each_sequence(leaves[i]) for i in program.dense}

@@ -147,9 +147,14 @@ def unit_products(scores: ScoreLeaf, layers: jax.Array) -> UnitProducts:
         jnp.all(are_moderate), lambda: (gram, dots, ones, one), rescaled
     )
     norms = _sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
-    to_unit = jnp.where(norms == 0, 0, 1 / jnp.where(norms == 0, 1, norms))
+    to_unit = _to_unit(norms)
     unit_gram = gram * to_unit[..., :, None] * to_unit[..., None, :]
     return UnitProducts(unit_gram, dots * to_unit, norms * sizes, size)
+
+
+def _to_unit(norms: jax.Array) -> jax.Array:
+    """What brings vectors of these norms to unit length, 0 for a zero vector."""
+    return jnp.where(norms == 0, 0, 1 / jnp.where(norms == 0, 1, norms))
 
 
 def _size(layers: jax.Array, num_layer_axes: int) -> jax.Array:
@@ -173,7 +178,7 @@ def _products_of_all(
     """
     num_devices, num_layer_axes = jax.lax.psum(1, axis_name), scores.num_layer_axes
     norms = layer_norms(scores.values, 1 + num_layer_axes)
-    unit = scores.times(jnp.where(norms == 0, 0, 1 / jnp.where(norms == 0, 1, norms))).values
+    unit = scores.times(_to_unit(norms)).values
 
     def flat(x: jax.Array, num_leading: int) -> jax.Array:
         """The features as one axis that all devices can share."""

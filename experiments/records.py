@@ -4,6 +4,7 @@ config.json       the settings; a directory never mixes two
 environment.json  one entry for each process that worked on the run
 metrics.jsonl     one row per optimizer step, none lost or doubled by an interruption
 checkpoints/      the latest state (orbax), in a folder named after its step
+lock              held by the one process that may work on the run; another waits for it
 
 A checkpoint holds what the next step needs and nothing else can give: the warm start's
 (`warm_start.State`) the parameters, the optimizer's state and the last validation accuracy; a
@@ -20,8 +21,10 @@ whose steps are done again.
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -118,12 +121,26 @@ def check_writable(directory: pathlib.Path) -> None:
         tempfile.TemporaryFile(dir=directory).close()
 
 
+@contextlib.contextmanager
+def _alone(directory: pathlib.Path) -> Iterator[None]:
+    """Waits until no other process is in here; one that is killed leaves as well."""
+    with (directory / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.getLogger(__name__).warning(
+                "%s: waiting for another process that works on it", directory
+            )
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Preempted(Exception):
     """A run stopped because it was asked to, with its checkpoint saved."""
 
 
 class Run:
-    """One run's directory, opened to start the run or to go on with it.
+    """One run's directory, opened to start the run or to go on with it, by one process at a time.
 
     Args:
         directory: made if it is not there.
@@ -138,8 +155,9 @@ class Run:
         self.directory = directory.absolute()
         settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
         path = self.directory / "config.json"
-        with _writing(directory):
+        with contextlib.ExitStack() as opened, _writing(directory):
             self.directory.mkdir(parents=True, exist_ok=True)
+            opened.enter_context(_alone(self.directory))
             if not path.exists():
                 _replace(path, json.dumps(settings, indent=2) + "\n")
             differences = _differences(json.loads(path.read_text()), settings)
@@ -157,12 +175,14 @@ class Run:
                     async_options=ocp.options.AsyncOptions(post_finalization_callback=os.sync),
                 ),
             )
+            opened.callback(self._manager.close)
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._manager.close()
+        self._opened.close()
 
     @property
     def step(self) -> int | None:

@@ -3,6 +3,7 @@
 Commands run in processes of their own, forked from a server that has imported them already.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -293,6 +294,21 @@ def test_no_room_for_the_checkpoints_is_an_error_before_work_is_spent(state, tmp
             run.begin(state)
         set_free(size)
         run.begin(state)
+
+
+def test_a_second_process_waits_for_the_first(state, tmp_path, caplog):
+    def latest_step():
+        with records.Run(tmp_path, Settings()) as run:
+            return run.step
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with records.Run(tmp_path, Settings()) as run:
+            second = pool.submit(latest_step)
+            while not second.done() and not caplog.text:
+                time.sleep(5e-3)
+            assert f"{tmp_path}: waiting for another process" in caplog.text
+            run.save(1, state)
+        assert second.result() == 1
 
 
 def test_what_a_killed_save_leaves_behind_is_removed(state, tmp_path):

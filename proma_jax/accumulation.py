@@ -254,8 +254,11 @@ def accumulate(
         k = _options.at_step(every_k_schedule, step)
         projects = options.projects([(path, type(leaf)) for path, _, leaf in matched], updates)
         accumulated, numbers = jax.tree.leaves(state.acc_grads), options.at_step(step)
+        inner_state = state.inner_opt_state
         if together is None:
             accumulated = varying_like(accumulated, (updates, scores))
+        if axis_name is None:
+            inner_state = varying_like(inner_state, (updates, scores))
         chosen = [
             leaf if project else None
             for (_, _, leaf), project in zip(matched, projects, strict=True)
@@ -326,7 +329,7 @@ def accumulate(
             shapes, _ = jax.eval_shape(emit, total, inner_state)
             return jax.tree.map(jnp.zeros_like, shapes), inner_state
 
-        new_updates, inner_state = jax.lax.cond(emits, emit, hold, total, state.inner_opt_state)
+        new_updates, inner_state = jax.lax.cond(emits, emit, hold, total, inner_state)
         return new_updates, AccumulateState(
             mini_step=jnp.where(emits, 0, m + 1),
             gradient_step=jnp.where(emits, optax.safe_increment(step), step),

@@ -503,6 +503,26 @@ def test_a_state_made_in_shard_map_may_be_the_same_on_all_devices_at_first():
     assert_close(in_shard_map(both, (), stacked), expected)
 
 
+def test_without_an_axis_name_every_device_goes_by_itself():
+    steps, tx = microbatches(2), proma.accumulate(INNER, 2)
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *steps)
+
+    def own_updates(grads, scores):
+        state = tx.init({name: jnp.zeros(shape) for name, shape in SHAPES.items()})
+        for m in range(2):
+            g, s = jax.tree.map(lambda x, m=m: x[m], (grads, with_layers(scores)))
+            updates, state = tx.update(g, state, scores=s)
+        return updates
+
+    def on_device(grads, scores):
+        own = jax.tree.map(lambda x: x[0], (grads, scores))
+        return jax.tree.map(lambda x: x[None], own_updates(*own))
+
+    mesh = jax.make_mesh((DEVICES,), ("devices",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=P("devices"), out_specs=P("devices"))
+    assert_close(jax.jit(mapped)(*stacked), jax.vmap(own_updates)(*stacked), 2e-5)
+
+
 def test_gradients_through_intra_pass_a_mapped_axis():
     factors = proma.LayerFactors(jnp.ones((DEVICES, OWN, 6, 5)), jnp.ones((DEVICES, OWN, 6, 4)))
     grads = jnp.asarray(np.random.default_rng(0).normal(size=(DEVICES, 5, 4)), jnp.float32)

@@ -10,12 +10,12 @@ part of every sequence's score, where by default XLA would bring all scores whol
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
 
@@ -25,12 +25,15 @@ class Layout:
     """How arrays that belong to a parameter leaf are spread over a mesh.
 
     Attributes:
-      gradient: the parameter leaf; None if its axes are not Explicit.
-      scores: its dense scores (b, *layers, ...), by their features; None if nothing is known.
+      gradient: the parameter leaf and its gradients; None if that is not known.
+      by_sequence: its dense scores (b, *layers, ...) as they are made, every sequence's where its
+        factors are; None if that is not known.
+      by_feature: its dense scores as they are used, the same part of all; None likewise.
     """
 
     gradient: PartitionSpec | None
-    scores: PartitionSpec | None
+    by_sequence: PartitionSpec | None = None
+    by_feature: PartitionSpec | None = None
 
 
 def automatic(fn: Callable[..., T], specs: Any, *arguments: Any) -> T:
@@ -60,11 +63,12 @@ def layout_of(
     in_layout: Callable[[jax.Array], jax.Array],
     num_layer_axes: int,
     batch_axes: Sequence[str] = (),
+    spec: PartitionSpec | None = None,
 ) -> Layout | None:
     """The layout for a parameter leaf's scores, None if there is nothing to say.
 
-    Under Explicit axes all is known from the arrays. Under Auto axes only `batch_axes` tell, and
-    then only on a mesh that has no other axes, along which a leaf could be spread.
+    Under Explicit axes all is known from the arrays, under Auto axes what `batch_axes` and `spec`
+    tell.
 
     Args:
       leaf: the parameter leaf, or an array spread like it.
@@ -72,56 +76,101 @@ def layout_of(
       in_layout: reads the leaf as (*layers, ...).
       num_layer_axes: how many axes of that are layers.
       batch_axes: the mesh axes over which the sequences are spread, under Auto axes.
+      spec: how the leaf is spread over Auto axes, None if that is not known.
     """
     mesh = _mesh_with(AxisType.Explicit, (leaf, sequences))
     if mesh is not None:
-        batch_axes, gradient = explicit_batch_axes(sequences), spec_of(leaf)
-        within = spec_within(leaf, in_layout)
-        if within is None:
-            return Layout(gradient, None)
+        batch_axes, spec = explicit_batch_axes(sequences), spec_of(leaf)
     else:
-        mesh, gradient, within = _mesh_with(AxisType.Auto, (leaf, sequences)), None, PartitionSpec()
-        if mesh is None or {a for a, n in mesh.shape.items() if n > 1} != set(batch_axes):
+        mesh = _mesh_with(AxisType.Auto, (leaf, sequences))
+        if mesh is None or spec is None:
             return None
+    within = spec_within(leaf, in_layout, spec)
+    if within is None or not batch_axes:
+        return Layout(spec)
     shape = jax.eval_shape(in_layout, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape
-    spec = [*within, *[None] * len(shape)][: len(shape)]
-    taken = {name for entry in spec for name in axis_names(entry)}
-    free = tuple(name for name in batch_axes if name not in taken)
+    features = [*within, *[None] * len(shape)][: len(shape)]
+    by_sequence = PartitionSpec(tuple(batch_axes), *_without(features, batch_axes))
+    free = tuple(name for name in batch_axes if name not in _named(features))
     if free:
-        parts = math.prod(mesh.shape[name] for name in free)
         divisible = [
             i
             for i in range(num_layer_axes, len(shape))
-            if spec[i] is None and shape[i] % parts == 0
+            if features[i] is None and shape[i] % _size(mesh, free) == 0
         ]
-        if not divisible:
-            return Layout(gradient, None)
-        spec[divisible[0]] = free
-    return Layout(gradient, PartitionSpec(None, *spec))
+        if not divisible or sequences.shape[0] % _size(mesh, batch_axes):
+            return Layout(spec)
+        features[divisible[0]] = free
+    return Layout(spec, by_sequence, PartitionSpec(None, *features))
 
 
-def spec_within(leaf: Any, in_layout: Callable[[jax.Array], jax.Array]) -> PartitionSpec | None:
-    """How a leaf in another layout is spread over Explicit axes; None where it mixes them."""
-    value = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.typeof(leaf).sharding)
+def spec_within(
+    leaf: Any, in_layout: Callable[[jax.Array], jax.Array], spec: PartitionSpec | None = None
+) -> PartitionSpec | None:
+    """How a leaf in another layout is spread over a mesh; None where it mixes spread axes.
+
+    Args:
+      leaf: an array.
+      in_layout: reads it in the other layout.
+      spec: how the leaf is spread over Auto axes. Explicit ones say it themselves.
+    """
+    sharding: Any = jax.typeof(leaf).sharding
+    if _axes_of(sharding.mesh, AxisType.Auto) and spec is not None:
+        sharding = NamedSharding(_explicit(sharding.mesh), spec)
+    value = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     try:
-        return jax.eval_shape(in_layout, value).sharding.spec
+        with jax.sharding.use_abstract_mesh(sharding.mesh):
+            return jax.eval_shape(in_layout, value).sharding.spec
     except Exception:  # JAX has no public name for the one of a reshape that mixes spread axes
         return None
 
 
-def by_features(values: jax.Array, layout: Layout | None, num_summed: int = 0) -> jax.Array:
-    """Dense scores (b, *layers, ...) spread as their layout says, under Auto axes.
+def spread(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+    """An array spread over Auto axes by `spec`; as it is, if that is None or of other axes."""
+    mesh = _mesh_with(AxisType.Auto, x)
+    if spec is None or mesh is None:
+        return x
+    if not _named(spec) <= _axes_of(mesh, AxisType.Auto):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
-    With `num_summed` 1, what they sum to over the sequences.
+
+def specs_of_leaves(specs: Any, params: Any) -> list[PartitionSpec | None]:
+    """A PartitionSpec for each parameter leaf, None where that is not known.
+
+    Args:
+      specs: pytree of PartitionSpecs and None, a prefix of `params`.
+      params: the parameters.
+
+    Raises:
+      ValueError: `specs` has another structure, holds something else or does not fit a leaf, or the
+        parameters' types say already how they are spread.
     """
-    mesh = _mesh_with(AxisType.Auto, values)
-    if layout is None or layout.scores is None or mesh is None:
-        return values
-    named = {name for entry in layout.scores for name in axis_names(entry)}
-    if not named <= _axes_of(mesh, AxisType.Auto):
-        return values
-    spec = PartitionSpec(*layout.scores[num_summed:])
-    return jax.lax.with_sharding_constraint(values, NamedSharding(mesh, spec))
+    if specs is not None and _mesh_with(AxisType.Explicit, params) is not None:
+        raise ValueError(
+            "param_specs is for Auto mesh axes, but params has Explicit ones, whose types say how "
+            "it is spread: leave param_specs out."
+        )
+
+    def is_spec(x: Any) -> bool:
+        return x is None or isinstance(x, PartitionSpec)
+
+    def expand(spec: Any, subtree: Any) -> Any:
+        return jax.tree.map(lambda _: [spec], subtree)
+
+    try:
+        expanded = jax.tree.map(expand, specs, params, is_leaf=is_spec)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"param_specs does not fit params: {error}") from error
+    of_leaves = jax.tree.leaves(expanded, is_leaf=is_spec)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), spec in zip(leaves, of_leaves, strict=True):
+        if not is_spec(spec) or len(spec or ()) > jnp.ndim(leaf):
+            raise ValueError(
+                f"param_specs has {spec!r} for params{jax.tree_util.keystr(path)} of shape "
+                f"{jnp.shape(leaf)}: give a PartitionSpec with at most as many entries, or None."
+            )
+    return of_leaves
 
 
 def without_batch_axes(params: Any, microbatch: Any) -> Any:
@@ -132,12 +181,11 @@ def without_batch_axes(params: Any, microbatch: Any) -> Any:
     batch_axes = explicit_batch_axes(microbatch)
 
     def whole(leaf: jax.Array) -> jax.Array:
-        mesh, names = jax.typeof(leaf).sharding.mesh, list(map(axis_names, spec_of(leaf)))
-        kept = [tuple(name for name in of_axis if name not in batch_axes) for of_axis in names]
-        if kept == names:
+        mesh, spec = jax.typeof(leaf).sharding.mesh, spec_of(leaf)
+        if _named(spec).isdisjoint(batch_axes):
             return leaf
-        spec = PartitionSpec(*[of_axis or None for of_axis in kept])
-        return jax.sharding.reshard(leaf, NamedSharding(mesh, spec))
+        kept = PartitionSpec(*_without(spec, batch_axes))
+        return jax.sharding.reshard(leaf, NamedSharding(mesh, kept))
 
     return jax.tree.map(whole, params)
 
@@ -172,8 +220,30 @@ def _mesh_with(kind: AxisType, arrays: Any) -> Any:
     return None
 
 
+def _explicit(mesh: Any) -> AbstractMesh:
+    """The mesh with Explicit axes."""
+    types = (AxisType.Explicit,) * len(mesh.axis_names)
+    return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=types)
+
+
 def _axes_of(mesh: Any, kind: AxisType) -> set[str]:
     return {name for name, of in zip(mesh.axis_names, mesh.axis_types, strict=True) if of == kind}
+
+
+def _size(mesh: Any, names: Sequence[str]) -> int:
+    """The number of devices along some mesh axes."""
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _named(spec: Iterable[Any]) -> set[str]:
+    """The mesh axes named anywhere in a PartitionSpec."""
+    return {name for entry in spec for name in axis_names(entry)}
+
+
+def _without(spec: Iterable[Any], names: Sequence[str]) -> list[Any]:
+    """The entries of a PartitionSpec without some mesh axes."""
+    kept = [tuple(name for name in axis_names(entry) if name not in names) for entry in spec]
+    return [entry or None for entry in kept]
 
 
 def axis_names(entry: Any) -> tuple[str, ...]:

@@ -45,10 +45,17 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from proma_jax import _options
-from proma_jax._mesh import automatic, spec_of, varying_like
+from proma_jax._mesh import automatic, spec_of, spread, varying_like
 from proma_jax.checkpoints import state_version
 from proma_jax.projection import Solver, removed_part
-from proma_jax.scores import AxisName, DenseScores, LayerFactors, ScoreLeaf, match_scores
+from proma_jax.scores import (
+    AxisName,
+    DenseScores,
+    LayerFactors,
+    ScoreLeaf,
+    known_spec,
+    match_scores,
+)
 
 Sync = Literal["microbatch", "emit"]
 
@@ -311,6 +318,10 @@ def accumulate(
             options.removes(m, k, step),
         )
 
+        summed = [
+            spread(total, known_spec(leaf))
+            for total, (_, _, leaf) in zip(summed, matched, strict=True)
+        ]
         skip, skip_state = _judge(should_skip_update_fn, updates, scores, step, params, together)
         total = _options.with_leaves(
             state.acc_grads,

@@ -43,7 +43,7 @@ import optax
 from jax.extend import core
 
 from proma_jax import _jaxpr
-from proma_jax._mesh import axis_names, varying_like, without_batch_axes
+from proma_jax._mesh import axis_names, specs_of_leaves, varying_like, without_batch_axes
 from proma_jax.scores import (
     DenseScores,
     LayerFactors,
@@ -51,6 +51,7 @@ from proma_jax.scores import (
     ScoreLeaf,
     SumScores,
     View,
+    exchanged,
     weighted_sum,
     with_layout,
 )
@@ -67,6 +68,7 @@ def sequence_scores(
     *,
     has_aux: bool = False,
     spmd_axis_name: str | tuple[str, ...] | None = None,
+    param_specs: Any = None,
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
     """Makes a function that returns each sequence's log-probability and its scores.
 
@@ -76,6 +78,9 @@ def sequence_scores(
         floating point arrays; `sequence` is any pytree (random keys for dropout travel in it).
       has_aux: whether `logprob_fn` returns `(scalar, aux)`. Default False, as in `jax.grad`.
       spmd_axis_name: as in `jax.vmap`, which maps `logprob_fn` over the sequences. Default None.
+      param_specs: PartitionSpecs of the parameters over a mesh with Auto axes, a prefix of their
+        structure; P() means whole on every device. With it and `spmd_axis_name` scores, G and
+        gradients are spread as on Explicit axes, which need neither. Default None: XLA decides.
 
     Returns:
       `scores_fn(params, microbatch) -> (logprobs, scores)`, or `((logprobs, aux), scores)` with
@@ -108,10 +113,14 @@ def sequence_scores(
         outputs, scores = jax.vmap(per_sequence, (None, 0), spmd_axis_name=spmd_axis_name)(
             own, microbatch
         )
-        return outputs, jax.tree.map(
-            lambda leaf, scores: with_layout(scores, leaf, axis_names(spmd_axis_name)),
-            params,
-            scores,
+        batch_axes = axis_names(spmd_axis_name)
+        specs = specs_of_leaves(param_specs, params)
+        leaves, treedef = jax.tree.flatten(params)
+        return outputs, treedef.unflatten(
+            exchanged(with_layout(of_leaf, leaf, batch_axes, spec))
+            for leaf, of_leaf, spec in zip(
+                leaves, treedef.flatten_up_to(scores), specs, strict=True
+            )
         )
 
     return scores_fn

@@ -45,6 +45,8 @@ from proma_jax._mesh import (
     layout_of,
     spec_of,
     spec_within,
+    specs_of_leaves,
+    spread,
     varying_like,
     without_batch_axes,
 )
@@ -97,6 +99,7 @@ def accumulated_gradient(
     has_aux: bool = False,
     accumulator_dtype: DTypeLike = "float32",
     spmd_axis_name: str | tuple[str, ...] | None = None,
+    param_specs: Any = None,
 ) -> Callable[..., tuple[Any, GradientMetrics]]:
     """Makes a function from an optimizer step's microbatches to its projected gradient.
 
@@ -110,6 +113,7 @@ def accumulated_gradient(
       has_aux: whether `logprob_fn` returns `(scalar, aux)`. Default False, as in `jax.grad`.
       accumulator_dtype: of the accumulated gradient. Default: float32.
       spmd_axis_name: as in `sequence_scores`. Default None.
+      param_specs: as in `sequence_scores`. Default None.
 
     Returns:
       `gradient_fn(params, batch, coefficients, step=0) -> (grads, GradientMetrics)`. `batch` is a
@@ -146,7 +150,8 @@ def accumulated_gradient(
         _check_batch(batch, coefficients)
         params = varying_like(jax.tree.map(jnp.asarray, params), (batch, coefficients))
         program = _trace_one(logprob_fn, params, batch, has_aux)
-        plan = _Plan(program, params, accumulation, intra, spmd_axis_name)
+        param_spec = specs_of_leaves(param_specs, params)
+        plan = _Plan(program, params, accumulation, intra, spmd_axis_name, param_spec)
         k = coefficients.shape[0]
 
         def add_microbatch(
@@ -160,7 +165,7 @@ def accumulated_gradient(
             metrics = GradientMetrics(
                 logprobs, divide(removed, length), divide(removed_intra, own), aux
             )
-            totals = [total + part for total, part in zip(totals, parts, strict=True)]
+            totals = plan.spread([t + part for t, part in zip(totals, parts, strict=True)])
             return (totals, _options.norm(totals)), metrics
 
         leaves, treedef = jax.tree.flatten(params)
@@ -177,6 +182,7 @@ def accumulated_gradient(
             add_microbatch, start, (jnp.arange(k), batch, coefficients)
         )
         grads = automatic(finish, [spec_of(leaf) for leaf in leaves], totals)
+        grads = [spread(gradient, spec) for gradient, spec in zip(grads, param_spec, strict=True)]
         return jax.tree.unflatten(treedef, grads), metrics
 
     return gradient_fn
@@ -275,6 +281,7 @@ class _Plan:
 
     Attributes:
       leaves: for each parameter leaf.
+      specs: for each, how its total is spread over Auto axes, None if that is not known.
     """
 
     def __init__(
@@ -284,6 +291,7 @@ class _Plan:
         accumulation: Accumulation | None,
         intra: Intra | None,
         spmd_axis_name: str | tuple[str, ...] | None,
+        param_specs: Sequence[PartitionSpec | None],
     ) -> None:
         self.program, self.accumulation, self.intra = program, accumulation, intra
         self.params, self.spmd_axis_name = params, spmd_axis_name
@@ -299,19 +307,29 @@ class _Plan:
             _Leaf(a, i, where[leaf], program.view(leaf))
             for leaf, (a, i) in enumerate(zip(accumulates, in_intra, strict=True))
         ]
+        self.specs = [
+            None if spec is None else spec_within(leaf, of_leaf.view.apply, spec)
+            for leaf, of_leaf, spec in zip(
+                jax.tree.leaves(params), self.leaves, param_specs, strict=True
+            )
+        ]
+
+    def spread(self, totals: Sequence[Array]) -> list[Array]:
+        """The totals, spread over Auto axes like the parameters."""
+        return [spread(total, spec) for total, spec in zip(totals, self.specs, strict=True)]
 
     def zeros(self, dtype: DTypeLike) -> list[Array]:
-        """The totals at the start, spread over Explicit axes like the parameters."""
+        """The totals at the start, spread like the parameters."""
 
         def in_layout(leaf: Array, view: View) -> Array:
             zeros = functools.partial(jnp.zeros_like, dtype=dtype)
             spec = spec_within(leaf, view.apply) or PartitionSpec()
             return automatic(lambda leaf: view.apply(zeros(leaf)), spec, leaf)
 
-        return [
-            in_layout(leaf, spec.view)
-            for spec, leaf in zip(self.leaves, jax.tree.leaves(self.params), strict=True)
-        ]
+        leaves = jax.tree.leaves(self.params)
+        return self.spread(
+            [in_layout(leaf, spec.view) for spec, leaf in zip(self.leaves, leaves, strict=True)]
+        )
 
     def _where(self, is_projected: list[bool]) -> list[str]:
         program = self.program
@@ -545,8 +563,9 @@ class _Plan:
     def _layout(self, use: Use, total: Array, coefficients: Array) -> Layout | None:
         """How the scores of a node's leaf are best spread over a mesh."""
         num_layer_axes = use.num_layer_axes - use.num_stacks
-        axes = axis_names(self.spmd_axis_name)
-        return layout_of(total, coefficients, lambda total: total, num_layer_axes, axes)
+        axes, of_all = axis_names(self.spmd_axis_name), self.specs[use.leaf]
+        spec = None if of_all is None else PartitionSpec(*of_all[use.num_stacks :])
+        return layout_of(total, coefficients, lambda total: total, num_layer_axes, axes, spec)
 
     def _fold(
         self,

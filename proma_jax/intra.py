@@ -38,9 +38,9 @@ import optax
 from jax.sharding import PartitionSpec
 
 from proma_jax import _options
-from proma_jax._mesh import automatic, spec_of
+from proma_jax._mesh import automatic, spec_of, spread
 from proma_jax.checkpoints import state_version
-from proma_jax.scores import AxisName, LayerFactors, contract, match_scores, wide
+from proma_jax.scores import AxisName, LayerFactors, contract, known_spec, match_scores, wide
 from proma_jax.subspace import (
     Orthonormalization,
     dominant_directions,
@@ -263,9 +263,10 @@ def project_intra(
         _options.check_state(state, ProjectIntraState)
         matched = match_scores(updates, scores)
         projects = options.projects([(path, type(leaf)) for path, _, leaf in matched], updates)
+        leaves = [spread(update, known_spec(leaf)) for _, update, leaf in matched]
         chosen = [
             (update, leaf)
-            for (_, update, leaf), project in zip(matched, projects, strict=True)
+            for update, (_, _, leaf), project in zip(leaves, matched, projects, strict=True)
             if project and isinstance(leaf, LayerFactors)
         ]
 
@@ -292,7 +293,6 @@ def project_intra(
 
         factor = jnp.asarray(_options.at_step(shrinkage, state.step))
         specs = [spec_of(update) for update, _ in chosen], PartitionSpec()
-        leaves = jax.tree.leaves(updates)
         found, fraction = automatic(
             remove, specs, chosen, leaves, state.rng_key, state.step, factor
         )

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from proma_jax._mesh import Layout, automatic, by_features, layout_of, spec_of
+from proma_jax._mesh import Layout, automatic, layout_of, spec_of, spread
 
 Array = jax.Array
 AxisName = str | tuple[str, ...] | None
@@ -233,13 +233,17 @@ class DenseScores(ScoreLeaf):
     def weighted_sum(self, weights: Array) -> Array:
         n = self._features
         total = contract(f"...b{n},...b->...{n}", self._layers_first("values"), weights)
-        return by_features(total, self.layout, num_summed=1)
+        if self.layout is None or self.layout.by_feature is None:
+            return total
+        return spread(total, PartitionSpec(*self.layout.by_feature[1:]))
 
     def dense(self) -> DenseScores:
         return self
 
     def compact(self) -> DenseScores:
-        return dataclasses.replace(self, values=by_features(self.values, self.layout))
+        if self.layout is None:
+            return self
+        return dataclasses.replace(self, values=spread(self.values, self.layout.by_feature))
 
     def rescaled(self) -> tuple[DenseScores, Array]:
         size = self._max_abs("values")
@@ -252,7 +256,7 @@ class DenseScores(ScoreLeaf):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["inputs", "output_grads", "in_loss"],
+    data_fields=["inputs", "output_grads", "in_loss", "formed"],
     meta_fields=["num_layer_axes", "view", "dtype", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +276,8 @@ class LayerFactors(ScoreLeaf):
         `project_intra`. Default: those with an output gradient. `sequence_scores` says it where
         several kernels share an input: the tokens with an output gradient in any of them.
       layout: how dense scores are best spread over a mesh, as `sequence_scores` has found out.
+      formed: the dense scores, where `sequence_scores` has made them already: on a mesh, where that
+        costs less than pairs of tokens.
     """
 
     inputs: Array
@@ -281,6 +287,7 @@ class LayerFactors(ScoreLeaf):
     dtype: Any = None
     in_loss: Array | None = None
     layout: Layout | None = None
+    formed: DenseScores | None = None
     arrays = ("inputs", "output_grads")
 
     def _one_layer_shape(self) -> tuple[int, ...]:
@@ -318,7 +325,9 @@ class LayerFactors(ScoreLeaf):
         d_in, d_out = self._one_layer_shape()
         tokens = self._num_tokens
         factored = self.batch_size * tokens**2 * (1 / d_in + 1 / d_out) + tokens
-        return self.dense().compact() if factored > 64 else self
+        if factored <= 64:
+            return self
+        return self.dense().compact() if self.formed is None else self.formed
 
     def gram(self) -> Array:
         x, d = self.tokens("inputs"), self.tokens("output_grads")
@@ -338,6 +347,8 @@ class LayerFactors(ScoreLeaf):
     def dense(self) -> DenseScores:
         x, d = self.tokens("inputs"), self.tokens("output_grads")
         values = jnp.moveaxis(contract("...bti,...bto->...bio", x, d), self.num_layer_axes, 0)
+        if self.layout is not None:
+            values = spread(values, self.layout.by_sequence)
         return DenseScores(values, self.num_layer_axes, self.view, self.dtype, self.layout)
 
     def rescaled(self) -> tuple[LayerFactors, Array]:
@@ -346,11 +357,13 @@ class LayerFactors(ScoreLeaf):
             self,
             inputs=self._scale("inputs", divide(jnp.ones_like(x_size), x_size)),
             output_grads=self._scale("output_grads", divide(jnp.ones_like(d_size), d_size)),
+            formed=None,
         )
         return scaled, x_size * d_size
 
     def times(self, factor: Array) -> LayerFactors:
-        return dataclasses.replace(self, output_grads=self._scale("output_grads", factor))
+        scaled = self._scale("output_grads", factor)
+        return dataclasses.replace(self, output_grads=scaled, formed=None)
 
 
 def _gram_by_columns(scores: LookupFactors | SumScores) -> Array:
@@ -496,30 +509,54 @@ def as_score_leaf(scores: Any) -> ScoreLeaf:
     return scores if isinstance(scores, ScoreLeaf) else DenseScores(scores)
 
 
-def with_layout(scores: ScoreLeaf, leaf: Array, batch_axes: Sequence[str] = ()) -> ScoreLeaf:
+def with_layout(
+    scores: ScoreLeaf,
+    leaf: Array,
+    batch_axes: Sequence[str] = (),
+    spec: PartitionSpec | None = None,
+) -> ScoreLeaf:
     """Scores that know how to be spread over the mesh of their parameter leaf.
 
     Args:
       scores: of the leaf.
       leaf: the parameter leaf, or an array spread like it.
       batch_axes: as in `layout_of`.
+      spec: as in `layout_of`.
     """
     if isinstance(scores, SumScores):
-        parts: Any = [with_layout(part, leaf, batch_axes) for part in scores.parts]
+        parts: Any = [with_layout(part, leaf, batch_axes, spec) for part in scores.parts]
         return SumScores(tuple(parts))
     if scores.layout is not None:
         return scores
     sequences = getattr(scores, scores.arrays[0])
-    layout = layout_of(leaf, sequences, scores.view.apply, scores.num_layer_axes, batch_axes)
+    layout = layout_of(leaf, sequences, scores.view.apply, scores.num_layer_axes, batch_axes, spec)
     whole: Any = scores
     return dataclasses.replace(whole, layout=layout)
 
 
+def exchanged(scores: ScoreLeaf) -> ScoreLeaf:
+    """Scores with the compact form made, and spread by its features, once for all that need it."""
+    if scores.layout is None or scores.layout.by_feature is None:
+        return scores
+    if not isinstance(jax.eval_shape(lambda leaf: leaf.compact(), scores), DenseScores):
+        return scores
+    compact = automatic(lambda leaf: leaf.compact(), scores.layout.by_feature, scores)
+    if isinstance(scores, LayerFactors):
+        return dataclasses.replace(scores, formed=compact)
+    return compact
+
+
+def known_spec(scores: ScoreLeaf | None) -> PartitionSpec | None:
+    """How a parameter leaf and its gradient are spread over a mesh, None if that is not known."""
+    first = scores.parts[0] if isinstance(scores, SumScores) else scores
+    return None if first is None or first.layout is None else first.layout.gradient
+
+
 def _gradient_spec(scores: ScoreLeaf) -> PartitionSpec:
     """How the gradient of a leaf is spread over Explicit axes."""
-    first = scores.parts[0] if isinstance(scores, SumScores) else scores
-    if first.layout is not None and first.layout.gradient is not None:
-        return first.layout.gradient
+    spec = known_spec(scores)
+    if spec is not None:
+        return spec
     if isinstance(scores, DenseScores) and scores.view == View():
         return PartitionSpec(*spec_of(scores.values)[1:])
     return PartitionSpec()

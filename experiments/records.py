@@ -33,8 +33,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn, Self, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, Self, TextIO, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -121,17 +121,27 @@ def check_writable(directory: pathlib.Path) -> None:
         tempfile.TemporaryFile(dir=directory).close()
 
 
+def _try_lock(file: TextIO) -> bool:
+    """Locks a file, unless another process has; says whether it did."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
-def _alone(directory: pathlib.Path) -> Iterator[None]:
+def _alone(directory: pathlib.Path, stopping: Callable[[], bool]) -> Iterator[None]:
     """Waits until no other process is in here; one that is killed leaves as well."""
     with (directory / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _try_lock(file):
             logging.getLogger(__name__).warning(
                 "%s: waiting for another process that works on it", directory
             )
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not _try_lock(file):
+                if stopping():
+                    raise Preempted(f"Preempted while another process worked on {directory}.")
+                time.sleep(0.1)
         yield
 
 
@@ -145,19 +155,26 @@ class Run:
     Args:
         directory: made if it is not there.
         config: the run's settings, a dataclass of plain values.
+        stopping: called while another process works on the run; True ends the waiting.
 
     Raises:
+        Preempted: `stopping` said so.
         ValueError: the directory holds a run with other settings.
         OSError: the directory cannot be written.
     """
 
-    def __init__(self, directory: pathlib.Path, config: Any):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        config: Any,
+        stopping: Callable[[], bool] = lambda: False,
+    ):
         self.directory = directory.absolute()
         settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
         path = self.directory / "config.json"
         with contextlib.ExitStack() as opened, _writing(directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            opened.enter_context(_alone(self.directory))
+            opened.enter_context(_alone(self.directory, stopping))
             if not path.exists():
                 _replace(path, json.dumps(settings, indent=2) + "\n")
             differences = _differences(json.loads(path.read_text()), settings)

@@ -120,7 +120,8 @@ def train(
         start: its parameters at the warm start.
         directory: where the run's records go.
         on_row: called with each new row of metrics.
-        stopping: called after each optimizer step and each sampling; True stops the run there.
+        stopping: called after each optimizer step and each sampling, and while another process
+            works on the run; True stops it there.
 
     Returns:
         The metrics of the whole run. Row 0 is the start; row t > 0 describes optimizer step t:
@@ -144,7 +145,7 @@ def train(
     def validate(params):
         return sampling.greedy_accuracy(config.start.task, graphdef, params, validation_prompts)
 
-    with records.Run(directory, config) as run:
+    with records.Run(directory, config, stopping) as run:
         if run.step == settings.steps:
             return records.read_metrics(directory)
         state = run.restore(

@@ -85,7 +85,8 @@ def warm_start(
         config: its settings.
         directory: where it is, or will be.
         on_check: called with a row (step, loss, validation) at every check of the accuracy.
-        stopping: called after each step; True stops the training there.
+        stopping: called after each step, and while another process works on the start; True stops
+            the training there.
 
     Returns:
         The decoder as `nnx.split` gives it.
@@ -101,7 +102,7 @@ def warm_start(
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_gradient_norm), optax.adamw(config.learning_rate)
     )
-    with records.Run(directory, config) as run:
+    with records.Run(directory, config, stopping) as run:
         state = run.restore(State(params, optimizer.init(params), jnp.float32(jnp.nan)))
         if state.accuracy >= config.target_accuracy:
             return graphdef, state.params

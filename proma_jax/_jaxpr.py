@@ -187,7 +187,8 @@ def reinterpret(eqn: core.JaxprEqn, view: View, layers: tuple[int, ...]) -> View
     if not jnp.issubdtype(new.dtype, jnp.floating):
         return None
     if name in _SAME_VALUE and old.shape == new.shape:
-        return view
+        changes_mesh = not old.sharding.mesh.empty and old.sharding.mesh != new.sharding.mesh
+        return None if changes_mesh else view  # changed where jax.sharding.auto_axes begins
     if name == "transpose":
         count = len(layers)
         return view.transpose([*range(count), *(count + i for i in eqn.params["permutation"])])

@@ -85,6 +85,10 @@ def layout_of(
         mesh = _mesh_with(AxisType.Auto, (leaf, sequences))
         if mesh is None or spec is None:
             return None
+        if not set(batch_axes) <= set(mesh.axis_names):
+            raise ValueError(
+                f"spmd_axis_name names {tuple(batch_axes)}, but the mesh has {mesh.axis_names}."
+            )
     within = spec_within(leaf, in_layout, spec)
     if within is None or not batch_axes:
         return Layout(spec)

@@ -108,7 +108,8 @@ class Accumulation:
 
     def removes(self, m: jax.Array, k: ArrayLike, step: jax.Array) -> jax.Array:
         """Whether microbatch m of the k of an optimizer step removes anything."""
-        return (m > 0) & (m >= _options.at_step(self.skip_fraction, step) * k)
+        first = jnp.asarray(_options.at_step(self.skip_fraction, step) * k, jnp.float32)
+        return (m > 0) & (m.astype(jnp.float32) >= first)
 
 
 class AccumulateState(NamedTuple):
@@ -260,7 +261,8 @@ def accumulate(
         step, m = state.gradient_step, state.mini_step
         k = _options.at_step(every_k_schedule, step)
         projects = options.projects([(path, type(leaf)) for path, _, leaf in matched], updates)
-        accumulated, numbers = jax.tree.leaves(state.acc_grads), options.at_step(step)
+        accumulated = jax.tree.leaves(state.acc_grads)
+        numbers = {**options.at_step(step), "rtol": rtol}
         inner_state = state.inner_opt_state
         if together is None:
             accumulated = varying_like(accumulated, (updates, scores))
@@ -291,7 +293,6 @@ def accumulate(
                         update,
                         leaf,
                         solver=solver,
-                        rtol=rtol,
                         axis_name=together,
                         **numbers,
                     )
@@ -322,7 +323,8 @@ def accumulate(
             spread(total, known_spec(leaf))
             for total, (_, _, leaf) in zip(summed, matched, strict=True)
         ]
-        skip, skip_state = _judge(should_skip_update_fn, updates, scores, step, params, together)
+        of_leaves = [leaf for _, _, leaf in matched]
+        skip, skip_state = _judge(should_skip_update_fn, updates, of_leaves, step, params, together)
         total = _options.with_leaves(
             state.acc_grads,
             [jnp.where(skip, old, new) for old, new in zip(accumulated, summed, strict=True)],
@@ -331,10 +333,12 @@ def accumulate(
 
         def emit(total: Any, inner_state: Any) -> tuple[Any, Any]:
             total = _options.mean(total, at_emission)
-            whole = jax.tree.map(lambda x: x / k, total) if use_grad_mean else total
+            whole = jax.tree.map(lambda x: x / (m + 1), total) if use_grad_mean else total
             gradient = optax.tree.cast_like(whole, updates)
-            new_updates, new_state = inner.update(gradient, inner_state, params, **extra)
-            return new_updates, jax.tree.map(_as_typed, new_state, inner_state)
+            emitted = inner.update(gradient, inner_state, params, **extra)
+            if axis_name is None:
+                emitted = varying_like(jax.tree.map(jnp.asarray, emitted), (updates, scores))
+            return emitted[0], jax.tree.map(_as_typed, emitted[1], inner_state)
 
         def hold(total: Any, inner_state: Any) -> tuple[Any, Any]:
             shapes, _ = jax.eval_shape(emit, total, inner_state)
@@ -347,7 +351,7 @@ def accumulate(
             inner_opt_state=inner_state,
             acc_grads=jax.tree.map(lambda x: jnp.where(emits, 0, x), total),
             projected_fraction=jnp.where(skip, 0, fraction),
-            skip_state=skip_state,
+            skip_state=jax.tree.map(_as_typed, skip_state, state.skip_state),
             version=state.version,
         )
 
@@ -396,7 +400,8 @@ def _check_shapes(updates: Any, acc_grads: Any) -> None:
             )
 
 
-def _as_typed(new: jax.Array, old: jax.Array) -> jax.Array:
+def _as_typed(new: ArrayLike, old: jax.Array) -> jax.Array:
+    new = jnp.asarray(new)
     return new if new.dtype == old.dtype else new.astype(old.dtype)
 
 

@@ -144,7 +144,8 @@ def describe_scores(
       ValueError: as `sequence_scores`.
     """
     check_parameters(params)
-    program = trace(logprob_fn, params, sequence, has_aux)
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
+    program = trace(logprob_fn, whole, sequence, has_aux)
     rows = [("leaf", "shape", "scores", "why")]
     for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         name = jax.tree_util.keystr(path) or "(root)"
@@ -201,7 +202,8 @@ def check_scores(
         coefficients = jnp.array([i if i % 2 else -i for i in range(1, b + 1)], dtype)
 
         def loss(params: Any) -> Array:
-            return jnp.sum(coefficients * jax.vmap(fn, (None, 0))(params, microbatch))
+            own = without_batch_axes(params, microbatch)
+            return jnp.sum(coefficients * jax.vmap(fn, (None, 0))(own, microbatch))
 
         return weighted_sum(scores, coefficients), jax.grad(loss)(params)
 
@@ -252,7 +254,7 @@ def differentiating() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error.add_note("logprob_fn must be differentiable in reverse mode, as by jax.grad.")
+        error.add_note("Raised while differentiating logprob_fn in reverse mode, as jax.grad does.")
         raise
 
 

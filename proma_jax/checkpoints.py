@@ -75,6 +75,8 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 def _without_key(leaf: Any) -> Any:
     """A PRNG key as the numbers that it is saved as."""
+    if not hasattr(leaf, "dtype"):
+        return np.asarray(leaf)
     is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
 

@@ -29,7 +29,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from proma_jax.scores import AxisName, DenseScores, ScoreLeaf, contract, divide, map_layers, wide
+from proma_jax.scores import (
+    AxisName,
+    DenseScores,
+    ScoreLeaf,
+    contract,
+    divide,
+    map_layers,
+    wide,
+    wide_dtype,
+)
 from proma_jax.subspace import orthonormal_basis
 
 Solver = Literal["ridge", "qr", "svd"]
@@ -92,7 +101,8 @@ def removed_part(
     if axis_name is not None:
         projected = jax.lax.pmean(projected, axis_name)  # the same on all, and known to be
     lengths = layer_norms(projected, scores.num_layer_axes)
-    scale = jnp.asarray(shrinkage) * _bounding(lengths, own_lengths, relative_bound)
+    scale = _bounding(lengths, own_lengths, relative_bound)
+    scale = jnp.asarray(shrinkage, scale.dtype) * scale
     return scores.view.invert(_times(projected, scale))
 
 
@@ -142,7 +152,8 @@ def unit_products(scores: ScoreLeaf, layers: jax.Array) -> UnitProducts:
     squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
     are_moderate = (squares > 1e-16) & (squares < 1e16)
     are_moderate &= (jnp.abs(dots) > 1e-18) & (jnp.abs(dots) < 1e18)
-    ones, one = jnp.ones_like(squares), jnp.ones_like(squares, shape=squares.shape[:-1])
+    ones = jnp.ones_like(squares)
+    one = jnp.ones_like(squares, wide_dtype(layers.dtype), shape=squares.shape[:-1])
     gram, dots, sizes, size = jax.lax.cond(
         jnp.all(are_moderate), lambda: (gram, dots, ones, one), rescaled
     )
@@ -221,7 +232,8 @@ def removal(
     """
     weights = _solve_damped(products.gram, products.dots, ridge)
     lengths = products.lengths(weights)
-    scale = jnp.asarray(shrinkage) * _bounding(lengths, own_lengths, relative_bound)
+    scale = _bounding(lengths, own_lengths, relative_bound)
+    scale = jnp.asarray(shrinkage, scale.dtype) * scale
     return divide(scale[..., None] * weights, products.norms), scale * lengths
 
 
@@ -231,7 +243,7 @@ def _bounding(
     """The factors that bring lengths down to `relative_bound` times `own_lengths`."""
     if relative_bound is None:
         return jnp.ones_like(lengths)
-    limits = jnp.asarray(relative_bound) * own_lengths
+    limits = jnp.asarray(relative_bound, own_lengths.dtype) * own_lengths
     too_long = lengths > limits
     return jnp.where(too_long, limits / jnp.where(too_long, lengths, 1), 1)
 
@@ -254,7 +266,12 @@ def _sqrt(x: jax.Array) -> jax.Array:
 def _solve_damped(gram: jax.Array, dots: jax.Array, ridge: ArrayLike) -> jax.Array:
     """(gram + ridge · I)⁻¹ dots, without the directions that float32 cannot tell from none."""
     finite = jnp.all(jnp.isfinite(gram), axis=(-2, -1), keepdims=True)
-    safe = jnp.where(finite, gram, 0)
+    dtype = jnp.result_type(gram, dots)
+    safe, dots, ridge = (
+        jnp.where(finite, gram, 0).astype(dtype),
+        dots.astype(dtype),
+        jnp.asarray(ridge, dtype),
+    )
     values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(safe))
     noise = gram.shape[-1] * jnp.finfo(gram.dtype).eps * values[..., -1:]
     inverse = jnp.where(values > noise, 1 / jnp.where(values > noise, values + ridge, 1), 0)
@@ -274,9 +291,11 @@ def _exact_projection(
     layers: jax.Array, scores: ScoreLeaf, solver: Literal["qr", "svd"], rtol: float
 ) -> jax.Array:
     """(*layers, ...), the orthogonal projection in the scores' layout."""
+    if scores.batch_size == 0 or layers.size == 0:
+        return jnp.zeros_like(wide(layers))
 
     def one_layer(scores: ScoreLeaf, layer: jax.Array) -> jax.Array:
-        rows = scores.dense().values.reshape(scores.batch_size, -1)
+        rows = scores.dense().values.reshape(scores.batch_size, layer.size)
         basis, flat = orthonormal_basis(rows, solver, rtol), wide(layer).ravel()
 
         def project(vector: jax.Array) -> jax.Array:

@@ -324,6 +324,8 @@ class LayerFactors(ScoreLeaf):
         """
         d_in, d_out = self._one_layer_shape()
         tokens = self._num_tokens
+        if d_in == 0 or d_out == 0:
+            return self
         factored = self.batch_size * tokens**2 * (1 / d_in + 1 / d_out) + tokens
         if factored <= 64:
             return self
@@ -648,9 +650,9 @@ def match_scores(updates: Any, scores: Any) -> list[tuple[str, Array, ScoreLeaf 
     update_leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_masked)
     paths = {path for path, _ in update_leaves}
     masked = {path for path, update in update_leaves if _is_masked(update)}
-    for path in by_path:
+    for path, leaf in by_path.items():
         prefixes = (path[:i] for i in range(len(path)))
-        if path not in paths and masked.isdisjoint(prefixes):
+        if leaf is not None and path not in paths and masked.isdisjoint(prefixes):
             raise ValueError(
                 f"scores{_name(path)} has no counterpart in updates: both must come from one tree, "
                 "with a score leaf or None for every leaf, and no wrapper may change the tree of "

@@ -125,7 +125,9 @@ def _product(
     rows: jax.Array, kept: jax.Array | None, by_gram: bool
 ) -> Callable[[jax.Array], jax.Array]:
     """The function Q ↦ Q Xᵀ X / max|X|², of a Q with unit rows."""
-    size = jnp.max(jnp.abs(wide(rows)), axis=(-2, -1), keepdims=True, initial=0)
+    counts = True if kept is None else kept[..., None]
+    magnitudes = jnp.where(counts, jnp.abs(wide(rows)), 0)
+    size = jnp.max(magnitudes, axis=(-2, -1), keepdims=True, initial=0)
     to_moderate = 1 / jnp.where(size == 0, 1, size)
     if by_gram:
         moderate = wide(rows) * to_moderate

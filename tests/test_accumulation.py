@@ -409,6 +409,39 @@ def test_float64_is_kept(solver):
         assert state.projected_fraction.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("types", [(jnp.float64, jnp.float32), (jnp.float32, jnp.float64)])
+@pytest.mark.parametrize("accumulator", ["float32", "float64"])
+@pytest.mark.parametrize("solver", ["ridge", "qr"])
+def test_float64_may_meet_float32(solver, accumulator, types):
+    """In parameters, scores, the accumulator, and the numbers that schedules return."""
+    of_grads, of_scores = types
+    with jax.enable_x64(True):
+        steps = [
+            (
+                jax.tree.map(lambda x: x.astype(of_grads), grads),
+                jax.tree.map(lambda x: x.astype(of_scores), scores),
+            )
+            for grads, scores in microbatches(3, dtype=jnp.float64)
+        ]
+        options = {
+            "solver": solver,
+            "accumulator_dtype": accumulator,
+            "relative_bound": lambda step: jnp.float64(0.5),
+            "ridge": lambda step: jnp.float64(1e-2),
+        }
+        emitted = emitted_gradient(steps, **options)
+        assert {x.dtype for x in jax.tree.leaves(emitted)} == {jnp.dtype(of_grads)}
+        assert_close(emitted, expected_gradient(steps, solver=solver, relative_bound=0.5), 1e-5)
+
+
+def test_what_a_skip_function_says_keeps_its_type():
+    skip = functools.partial(optax.skip_large_updates, max_squared_norm=1e9)
+    tx = proma.accumulate(KEEP, 2, should_skip_update_fn=skip)
+    state = tx.init(jnp.ones(3, jnp.bfloat16))
+    _, after = tx.update(jnp.ones(3), state, scores=jnp.ones((2, 3)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
 def test_masks_that_do_not_fit_are_named():
     grads, scores = microbatches(1)[0]
     everything = dict.fromkeys(grads, True)

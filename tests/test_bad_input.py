@@ -104,9 +104,15 @@ def test_any_number_of_sequences_and_any_shape_of_leaf(shape, b, solver):
     assert np.linalg.norm(updates - expected) <= 1e-5 * np.linalg.norm(grads)
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_no_sequences_remove_nothing(name):
-    tx = TRANSFORMATIONS[name]
+@pytest.mark.parametrize(
+    "tx",
+    [
+        *TRANSFORMATIONS.values(),
+        proma.accumulate(optax.identity(), 2, solver="qr"),
+        proma.accumulate(optax.identity(), 2, solver="svd"),
+    ],
+)
+def test_no_sequences_remove_nothing(tx):
     none = proma.LayerFactors(jnp.ones((0, 5, 3)), jnp.ones((0, 5, 2)))
     scores = {"w": none, "other": jnp.ones((0, 2))}
     state, total = tx.init(GRADS), jax.tree.map(jnp.zeros_like, GRADS)
@@ -114,6 +120,27 @@ def test_no_sequences_remove_nothing(name):
         updates, state = tx.update(GRADS, state, scores=scores)
         total = optax.tree.add(total, updates)
     assert_close(total, optax.tree.scale(2.0, GRADS))
+
+
+@pytest.mark.parametrize("tx", TRANSFORMATIONS.values())
+def test_kernels_without_entries_are_harmless(tx):
+    params = {"down": jnp.ones((3, 0)), "up": jnp.ones((0, 2)), "w": jnp.ones((3, 2))}
+
+    def logprob_fn(params, x):
+        return jnp.sum(jnp.tanh(x @ params["down"] @ params["up"] + x @ params["w"]))
+
+    _, scores = proma.sequence_scores(logprob_fn)(params, jnp.ones((4, 5, 3)))
+    grads = proma.weighted_sum(scores, jnp.ones(4))
+    updates, _ = tx.update(grads, tx.init(params), scores=scores)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+
+
+@pytest.mark.parametrize("tx", TRANSFORMATIONS.values())
+def test_a_parameter_that_is_none_is_no_parameter(tx):
+    """As the bias of a layer that has none."""
+    grads, scores = GRADS | {"bias": None}, {"w": FACTORS, "other": None, "bias": None}
+    updates, _ = tx.update(grads, tx.init(grads), scores=scores)
+    assert updates["bias"] is None
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -157,3 +184,24 @@ def test_the_number_of_microbatches_may_change_between_steps():
         updates, state = update(grads, state, scores=scores)
         emitted.append(float(updates["w"][0, 0]))
     assert emitted == [1, 0, 0, 3, 0, 2]
+
+
+@pytest.mark.parametrize(("k", "emitted"), [(0, [1, 1, 1]), (2, [0, 1, 0]), (2.5, [0, 0, 1])])
+def test_a_mean_is_over_the_microbatches_that_there_were(k, emitted):
+    tx = proma.accumulate(optax.identity(), lambda step: k, use_grad_mean=True)
+    grads, scores = {"w": jnp.ones(2)}, {"w": None}
+    state = tx.init(grads)
+    for expected in emitted:
+        updates, state = tx.update(grads, state, scores=scores)
+        assert_close(updates["w"], expected * jnp.ones(2))
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_the_first_microbatches_to_remove_are_those_of_exact_arithmetic(x64):
+    with jax.enable_x64(x64):
+        for k in range(1, 65):
+            for percent in range(0, 101):
+                settings = proma.Accumulation(skip_fraction=percent / 100)
+                removes = settings.removes(jnp.arange(k), k, jnp.zeros((), jnp.int32))
+                expected = [m > 0 and 100 * m >= percent * k for m in range(k)]
+                assert removes.tolist() == expected, (k, percent)

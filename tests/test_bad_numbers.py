@@ -26,7 +26,7 @@ DEGENERACIES = [
     "all zero",
     "one zero",
     "all equal",
-    "nearly dependent",
+    "equal but for rounding",
     "of all sizes",
     "padded",
 ]
@@ -42,7 +42,7 @@ def degenerate(rng, kind, b, tokens, d):
             rows[rng.integers(b)] = 0
         case "all equal":
             rows[:] = rows[0]
-        case "nearly dependent":
+        case "equal but for rounding":
             rows[:] = rows[0] * (1 + 1e-8 * rng.normal(size=(b, 1, 1)))
         case "of all sizes":
             rows *= 10.0 ** rng.integers(-12, 12, size=(b, 1, 1))

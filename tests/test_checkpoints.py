@@ -53,6 +53,12 @@ def test_leaves_that_differ_are_named():
             proma.check_restorable(there, here)
 
 
+def test_numbers_are_leaves_too():
+    proma.check_restorable({"step": 3}, {"step": 0})
+    with pytest.raises(ValueError, match=r"step has shape \(\) there and \(2,\) here"):
+        proma.check_restorable({"step": 3}, {"step": np.arange(2)})
+
+
 def test_many_differences_are_counted():
     many = {f"w{i}": jnp.ones(1) for i in range(15)}
     with pytest.raises(ValueError, match="and 5 more leaves"):

@@ -241,6 +241,45 @@ def test_the_fused_form_gives_on_a_mesh_what_one_device_gives(name, axis_type):
     assert_spread_like(grads, case.params)
 
 
+def test_explicit_axes_are_described_and_checked():
+    case = OnMesh("fsdp", AxisType.Explicit)
+    with jax.set_mesh(case.mesh):
+        table = proma.describe_scores(case.logprob_fn, case.params, jnp.zeros(TOKENS + 1, int))
+        assert "LayerFactors  2 layers" in table
+        assert max(proma.check_scores(case.logprob_fn, case.params, case.tokens[0]).values()) < 1e-5
+
+
+def test_a_lookup_told_how_to_be_spread_is_dense_and_right():
+    case = OnMesh("data", AxisType.Explicit)
+
+    def logprob_fn(params, tokens):
+        return jnp.sum(params["table"].at[tokens].get(out_sharding=P()) @ params["head"].T[:WIDTH])
+
+    with jax.set_mesh(case.mesh):
+        params = {"table": case.params["table"], "head": case.params["head"].T}
+        of_all = jax.jit(jax.vmap(jax.grad(logprob_fn), (None, 0)))(params, case.tokens[0])
+        _, scores = jax.jit(proma.sequence_scores(logprob_fn))(params, case.tokens[0])
+        assert isinstance(scores["table"], proma.DenseScores)
+        sums = proma.weighted_sum(scores, case.coefficients[0])
+    expected = jax.tree.map(
+        lambda x: np.tensordot(case.coefficients[0], np.float64(x), 1), jax.device_get(of_all)
+    )
+    assert_close(jax.device_get(sums), expected)
+
+
+def test_injected_numbers_pass_explicit_axes():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    injected = optax.inject_hyperparams(
+        proma.accumulate, static_args=("every_k_schedule", "mask", "axis_name")
+    )
+    with jax.set_mesh(mesh):
+        for solver in ("ridge", "qr", "svd"):
+            tx = injected(optax.identity(), 1, solver=solver)
+            w = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("data")))
+            updates, _ = jax.jit(tx.update)(w, tx.init(w), scores=jnp.ones((2, 8, 4)))
+            assert_spread_like(updates, w)
+
+
 def test_param_specs_that_do_not_fit_are_named():
     params, x = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, jnp.ones((8, 4, 3))
 
@@ -258,6 +297,13 @@ def test_param_specs_that_do_not_fit_are_named():
         scores({"w": "model", "b": P()})
     with pytest.raises(ValueError, match="param_specs does not fit params"):
         scores({"w": P()})
+    misspelt = proma.sequence_scores(
+        lambda w, x: jnp.sum(jnp.tanh(x @ w)), spmd_axis_name="dta", param_specs=P()
+    )
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    w, spread = jax.device_put((params["w"], x), NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="spmd_axis_name names"):
+        jax.jit(misspelt)(w, spread)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     explicit = jax.device_put(params, NamedSharding(mesh, P()))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="param_specs is for Auto mesh axes"):
@@ -540,15 +586,16 @@ def test_a_state_made_in_shard_map_may_be_the_same_on_all_devices_at_first():
     assert_close(in_shard_map(both, (), stacked), expected)
 
 
-def test_without_an_axis_name_every_device_goes_by_itself():
-    steps, tx = microbatches(2), proma.accumulate(INNER, 2)
+@pytest.mark.parametrize("inner", [INNER, optax.adafactor(0.1)])
+def test_without_an_axis_name_every_device_goes_by_itself(inner):
+    steps, tx = microbatches(2), proma.accumulate(inner, 2)
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *steps)
 
     def own_updates(grads, scores):
         state = tx.init({name: jnp.zeros(shape) for name, shape in SHAPES.items()})
         for m in range(2):
             g, s = jax.tree.map(lambda x, m=m: x[m], (grads, with_layers(scores)))
-            updates, state = tx.update(g, state, scores=s)
+            updates, state = tx.update(g, state, g, scores=s)
         return updates
 
     def on_device(grads, scores):

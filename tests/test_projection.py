@@ -165,6 +165,16 @@ def test_projecting_twice_changes_nothing(solver):
     assert relative_error(again, 0, gradient) < 1e-6
 
 
+@pytest.mark.parametrize("solver", EXACT)
+def test_exact_solvers_leave_nothing_in_large_leaves(solver):
+    rng = np.random.default_rng(0)
+    values = normal(rng, 16, 50_000)
+    gradient = normal(rng, 50_000) + values.sum(0)
+    rest = gradient - run(gradient, gradient, DenseScores(values), solver=solver)
+    along = oracles.unit_rows(values) @ np.float64(rest)
+    assert np.abs(along).max() <= 1e-8 * np.linalg.norm(gradient)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_rank_deficient_span_is_that_of_its_distinct_scores(solver):
     rng = np.random.default_rng(0)
@@ -194,6 +204,14 @@ def test_without_ridge_the_ridge_solver_projects_exactly():
     scores = jnp.concatenate([scores, scores[:2]])
     actual = run(gradient, gradient, DenseScores(scores), solver="ridge", ridge=0.0)
     assert relative_error(actual, oracles.projection(gradient, scores), gradient) < 1e-5
+
+
+@pytest.mark.parametrize("closeness", [1e-8, 1e-7, 1e-5, 1e-4])
+def test_without_ridge_nearly_dependent_scores_add_nothing_to_the_gradient(closeness):
+    rng = np.random.default_rng(0)
+    gradient, scores = normal(rng, 40), normal(rng, 1, 40) + closeness * normal(rng, 6, 40)
+    rest = gradient - run(gradient, gradient, DenseScores(scores), solver="ridge", ridge=0.0)
+    assert np.linalg.norm(rest) <= (1 + 1e-5) * np.linalg.norm(gradient)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

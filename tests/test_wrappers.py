@@ -100,6 +100,17 @@ def test_masks_and_partitions_leave_out_the_rest(factor, name):
         assert_close(run(tx)[0], expected)
 
 
+def test_scores_that_a_partition_leaves_out_skip_nothing():
+    grads, scores = STEPS[0]
+    bad = scores | {"second": jax.tree.map(lambda x: x * jnp.nan, scores["second"])}
+    tx = proma.accumulate(KEEP, 1, should_skip_update_fn=optax.skip_not_finite)
+    labels = {"bias": "ours", "first": "ours", "second": "frozen"}
+    (updates,), _ = run(
+        optax.partition({"ours": tx, "frozen": optax.set_to_zero()}, labels), [(grads, bad)]
+    )
+    assert_close(updates["first"], grads["first"])
+
+
 def test_a_mask_may_leave_out_a_whole_subtree():
     grads, scores = (
         {"bias": tree["bias"], "kernels": {n: tree[n] for n in NAMES[1:]}} for tree in STEPS[0]

@@ -311,6 +311,14 @@ def test_a_second_process_waits_for_the_first(state, tmp_path, caplog):
         assert second.result() == 1
 
 
+def test_who_waits_for_another_process_can_be_stopped(tmp_path):
+    with (
+        records.Run(tmp_path, Settings()),
+        pytest.raises(records.Preempted, match=f"while another process worked on {tmp_path}"),
+    ):
+        records.Run(tmp_path, Settings(), stopping=lambda: True)
+
+
 def test_what_a_killed_save_leaves_behind_is_removed(state, tmp_path):
     (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp" / "default").mkdir(parents=True)
     with records.Run(tmp_path, Settings()) as run:

@@ -549,6 +549,12 @@ def test_scores_in_shard_map_are_the_devices_own():
     assert_close(updates, expected, 2e-5)
 
 
+def varying(x):
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, "devices", to="varying")
+    return jax.lax.pvary(x, "devices")
+
+
 def test_gradients_of_a_loss_in_shard_map_are_taken_of_varying_parameters():
     params, tokens, coefficients = model()
 
@@ -557,19 +563,17 @@ def test_gradients_of_a_loss_in_shard_map_are_taken_of_varying_parameters():
             logprobs = jax.vmap(logprob_fn, (None, 0))(params, tokens[0])
             return jnp.sum(coefficients[0] * logprobs)
 
-        if hasattr(jax.lax, "pcast"):
-            own = jax.lax.pcast(params, "devices", to="varying")
-        else:
-            own = jax.lax.pvary(params, "devices")
         _, scores = proma.sequence_scores(logprob_fn)(params, tokens[0])
-        both = jax.grad(loss)(own), proma.weighted_sum(scores, coefficients[0])
+        both = jax.grad(loss)(varying(params)), proma.weighted_sum(scores, coefficients[0])
         return jax.lax.pmean(both, "devices")
 
     of_loss, of_scores = in_shard_map(gradients, params, (tokens, coefficients))
     assert_close(of_loss, of_scores, 2e-5)
 
 
-def test_a_state_made_in_shard_map_may_be_the_same_on_all_devices_at_first():
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_state_made_in_shard_map_may_be_the_same_on_all_devices_at_first(scanned):
+    """A scan wants to be told that it does not stay so."""
     steps = microbatches(2)
     tx = proma.accumulate(optax.identity(), 2, axis_name="devices", sync="emit")
     update, state = mapped(tx, "shard_map", per_device=("acc_grads", "projected_fraction"))
@@ -577,9 +581,18 @@ def test_a_state_made_in_shard_map_may_be_the_same_on_all_devices_at_first():
 
     def both(_, grads, scores):
         state = tx.init({name: jnp.zeros(shape) for name, shape in SHAPES.items()})
+        own = jax.tree.map(lambda x: x[:, 0], (grads, scores))
+
+        def add(state, own):
+            updates, state = tx.update(own[0], state, scores=with_layers(own[1]))
+            return state, updates
+
+        if scanned:
+            differing = varying((state.acc_grads, state.projected_fraction))
+            state = state._replace(acc_grads=differing[0], projected_fraction=differing[1])
+            return jax.tree.map(lambda x: x[-1], jax.lax.scan(add, state, own)[1])
         for m in range(2):
-            g, s = (jax.tree.map(lambda x, m=m: x[m, 0], tree) for tree in (grads, scores))
-            updates, state = tx.update(g, state, scores=with_layers(s))
+            state, updates = add(state, jax.tree.map(lambda x, m=m: x[m], own))
         return updates
 
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *steps)

@@ -146,7 +146,7 @@ def _alone(directory: pathlib.Path, stopping: Callable[[], bool]) -> Iterator[No
 
 
 class Preempted(Exception):
-    """A run stopped because it was asked to, with its checkpoint saved."""
+    """A run stopped because it was asked to, with all it did saved."""
 
 
 class Run:

@@ -134,7 +134,7 @@ def train(
     Raises:
         ValueError: the directory holds a run with other settings or a checkpoint that does not fit.
         OSError: the directory cannot be written, or has no room for the checkpoints.
-        records.Preempted: `stopping` said so; the checkpoint is saved.
+        records.Preempted: `stopping` said so; what was done is saved.
     """
     settings = config.training
     method = methods.make_method(

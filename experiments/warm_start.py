@@ -95,7 +95,7 @@ def warm_start(
         ValueError: the directory holds another start or a checkpoint that does not fit.
         OSError: the directory cannot be written, or has no room for the checkpoints.
         RuntimeError: the target was not reached within max_steps.
-        records.Preempted: `stopping` said so; the checkpoint is saved.
+        records.Preempted: `stopping` said so; what was done is saved.
     """
     task = config.task
     graphdef, params = nnx.split(Decoder(config.decoder, rngs=nnx.Rngs(config.seed)))

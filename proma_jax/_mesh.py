@@ -28,11 +28,14 @@ class Layout:
       gradient: the parameter leaf and its gradients; None if that is not known.
       by_sequence: its dense scores (b, *layers, ...) as they are made, every sequence's where its
         factors are; None if that is not known.
+      between: what `by_sequence` is turned into first, where the mesh axes of sequences that spread
+        the leaf as well have moved to the features: XLA knows how to move some axes at a time.
       by_feature: its dense scores as they are used, the same part of all; None likewise.
     """
 
     gradient: PartitionSpec | None
     by_sequence: PartitionSpec | None = None
+    between: PartitionSpec | None = None
     by_feature: PartitionSpec | None = None
 
 
@@ -95,17 +98,21 @@ def layout_of(
     shape = jax.eval_shape(in_layout, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape
     features = [*within, *[None] * len(shape)][: len(shape)]
     by_sequence = PartitionSpec(tuple(batch_axes), *_without(features, batch_axes))
+    if sequences.shape[0] % _size(mesh, batch_axes):
+        return Layout(spec)
     free = tuple(name for name in batch_axes if name not in _named(features))
+    between = PartitionSpec(free, *features)
     if free:
-        divisible = [
-            i
-            for i in range(num_layer_axes, len(shape))
-            if features[i] is None and shape[i] % _size(mesh, free) == 0
-        ]
-        if not divisible or sequences.shape[0] % _size(mesh, batch_axes):
+        places = {}
+        for i in range(num_layer_axes, len(shape)):
+            joined = (*axis_names(features[i]), *free)
+            if set(joined) <= set(batch_axes) and shape[i] % _size(mesh, joined) == 0:
+                places[i] = joined
+        if not places:
             return Layout(spec)
-        features[divisible[0]] = free
-    return Layout(spec, by_sequence, PartitionSpec(None, *features))
+        place = max(places, key=lambda i: (len(places[i]), -i))
+        features[place] = places[place]
+    return Layout(spec, by_sequence, between, PartitionSpec(None, *features))
 
 
 def spec_within(
@@ -156,25 +163,45 @@ def specs_of_leaves(specs: Any, params: Any) -> list[PartitionSpec | None]:
             "it is spread: leave param_specs out."
         )
 
+    of_leaves: list[PartitionSpec | None] = []
+
+    def collect(spec: Any, subtree: Any) -> None:
+        of_leaves.extend([spec] * len(jax.tree.leaves(subtree)))
+
     def is_spec(x: Any) -> bool:
         return x is None or isinstance(x, PartitionSpec)
 
-    def expand(spec: Any, subtree: Any) -> Any:
-        return jax.tree.map(lambda _: [spec], subtree)
-
     try:
-        expanded = jax.tree.map(expand, specs, params, is_leaf=is_spec)
+        jax.tree.map(collect, specs, params, is_leaf=is_spec)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"param_specs does not fit params: {error}") from error
-    of_leaves = jax.tree.leaves(expanded, is_leaf=is_spec)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), spec in zip(leaves, of_leaves, strict=True):
-        if not is_spec(spec) or len(spec or ()) > jnp.ndim(leaf):
+        problem = _problem(spec, jnp.shape(leaf), _mesh_with(AxisType.Auto, leaf))
+        if problem:
             raise ValueError(
                 f"param_specs has {spec!r} for params{jax.tree_util.keystr(path)} of shape "
-                f"{jnp.shape(leaf)}: give a PartitionSpec with at most as many entries, or None."
+                f"{jnp.shape(leaf)}, but {problem}."
             )
     return of_leaves
+
+
+def _problem(spec: Any, shape: tuple[int, ...], mesh: Any) -> str | None:
+    """What keeps an array of this shape from being spread by `spec`, None if nothing does."""
+    if spec is None:
+        return None
+    if not isinstance(spec, PartitionSpec) or PartitionSpec.UNCONSTRAINED in tuple(spec):
+        return "it must be a PartitionSpec of axis names, or None"
+    names = [name for entry in spec for name in axis_names(entry)]
+    if len(spec) > len(shape) or len(set(names)) < len(names):
+        return "it has too many entries, or names an axis twice"
+    if mesh is None:
+        return None
+    if not set(names) <= set(mesh.axis_names):
+        return f"the mesh has the axes {mesh.axis_names}"
+    if any(n % _size(mesh, axis_names(entry)) for n, entry in zip(shape, spec, strict=False)):
+        return f"its axes cannot be divided so on {dict(mesh.shape)}"
+    return None
 
 
 def without_batch_axes(params: Any, microbatch: Any) -> Any:

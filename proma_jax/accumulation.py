@@ -109,7 +109,7 @@ class Accumulation:
     def removes(self, m: jax.Array, k: ArrayLike, step: jax.Array) -> jax.Array:
         """Whether microbatch m of the k of an optimizer step removes anything."""
         first = jnp.asarray(_options.at_step(self.skip_fraction, step) * k, jnp.float32)
-        return (m > 0) & (m.astype(jnp.float32) >= first)
+        return (m > 0) & (m.astype(jnp.float32) >= first * (1 - 1e-6))  # rounding must not decide
 
 
 class AccumulateState(NamedTuple):
@@ -182,8 +182,8 @@ def accumulate(
         in [0, 1]. Default: 0, all remove. The published runs used 0.5 and 0.001.
       rtol: "qr" and "svd" keep directions with at most this fraction of the largest singular value
         in G. Default: 1e-6, eight float32 epsilons.
-      use_grad_mean: divides G by k when it goes to `inner`. Default: False, a sum, since
-        coefficients are normalised by the whole mini-batch already.
+      use_grad_mean: divides G by the step's number of microbatches when it goes to `inner`.
+        Default: False, a sum, since coefficients are normalised by the whole mini-batch already.
       accumulator_dtype: of G. Default: float32. `inner` gets G in the updates' dtype.
       mask: which leaves are projected, a pytree of bools or a function from the updates to one.
         Default: those with dense scores or LayerFactors; embedding lookups and tied tables, as

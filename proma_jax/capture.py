@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.extend import core
+from jax.sharding import PartitionSpec
 
 from proma_jax import _jaxpr
 from proma_jax._mesh import axis_names, specs_of_leaves, varying_like, without_batch_axes
@@ -79,8 +80,10 @@ def sequence_scores(
       has_aux: whether `logprob_fn` returns `(scalar, aux)`. Default False, as in `jax.grad`.
       spmd_axis_name: as in `jax.vmap`, which maps `logprob_fn` over the sequences. Default None.
       param_specs: PartitionSpecs of the parameters over a mesh with Auto axes, a prefix of their
-        structure; P() means whole on every device. With it and `spmd_axis_name` scores, G and
-        gradients are spread as on Explicit axes, which need neither. Default None: XLA decides.
+        structure; P() means whole on every device, None that it is not known. With it and
+        `spmd_axis_name` scores are spread to suit, G and the updates like the parameters, and a
+        gradient from `weighted_sum` to suit the transformations: constrain it yourself if it goes
+        elsewhere. Explicit axes need neither. Default None: XLA decides.
 
     Returns:
       `scores_fn(params, microbatch) -> (logprobs, scores)`, or `((logprobs, aux), scores)` with
@@ -113,15 +116,13 @@ def sequence_scores(
         outputs, scores = jax.vmap(per_sequence, (None, 0), spmd_axis_name=spmd_axis_name)(
             own, microbatch
         )
-        batch_axes = axis_names(spmd_axis_name)
-        specs = specs_of_leaves(param_specs, params)
-        leaves, treedef = jax.tree.flatten(params)
-        return outputs, treedef.unflatten(
-            exchanged(with_layout(of_leaf, leaf, batch_axes, spec))
-            for leaf, of_leaf, spec in zip(
-                leaves, treedef.flatten_up_to(scores), specs, strict=True
-            )
-        )
+        batch_axes, treedef = axis_names(spmd_axis_name), jax.tree.structure(params)
+        specs = treedef.unflatten(specs_of_leaves(param_specs, params))
+
+        def on_mesh(leaf: Any, scores: ScoreLeaf, spec: PartitionSpec | None) -> ScoreLeaf:
+            return exchanged(with_layout(scores, jnp.asarray(leaf), batch_axes, spec))
+
+        return outputs, jax.tree.map(on_mesh, params, scores, specs)
 
     return scores_fn
 

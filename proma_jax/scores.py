@@ -222,20 +222,25 @@ class DenseScores(ScoreLeaf):
         """Einsum subscripts of a layer's axes, which stay apart so that any may be sharded."""
         return string.ascii_uppercase[: len(self._one_layer_shape())]
 
+    def _by_feature(self, layers: Array) -> Array:
+        """An array of the scores' layout, spread like one of them."""
+        if self.layout is None or self.layout.by_feature is None:
+            return layers
+        return spread(layers, PartitionSpec(*self.layout.by_feature[1:]))
+
     def gram(self) -> Array:
         values, n = self._layers_first("values"), self._features
         return contract(f"...i{n},...j{n}->...ij", values, values)
 
     def dots(self, layers: Array) -> Array:
         n = self._features
+        layers = self._by_feature(layers)
         return contract(f"...b{n},...{n}->...b", self._layers_first("values"), layers)
 
     def weighted_sum(self, weights: Array) -> Array:
         n = self._features
         total = contract(f"...b{n},...b->...{n}", self._layers_first("values"), weights)
-        if self.layout is None or self.layout.by_feature is None:
-            return total
-        return spread(total, PartitionSpec(*self.layout.by_feature[1:]))
+        return self._by_feature(total)
 
     def dense(self) -> DenseScores:
         return self
@@ -277,7 +282,8 @@ class LayerFactors(ScoreLeaf):
         several kernels share an input: the tokens with an output gradient in any of them.
       layout: how dense scores are best spread over a mesh, as `sequence_scores` has found out.
       formed: the dense scores, where `sequence_scores` has made them already: on a mesh, where that
-        costs less than pairs of tokens.
+        costs less than pairs of tokens. It must be what the factors give: if you change these, as
+        by `dataclasses.replace`, give None for it.
     """
 
     inputs: Array
@@ -350,14 +356,17 @@ class LayerFactors(ScoreLeaf):
         x, d = self.tokens("inputs"), self.tokens("output_grads")
         values = jnp.moveaxis(contract("...bti,...bto->...bio", x, d), self.num_layer_axes, 0)
         if self.layout is not None:
-            values = spread(values, self.layout.by_sequence)
+            values = spread(spread(values, self.layout.by_sequence), self.layout.between)
         return DenseScores(values, self.num_layer_axes, self.view, self.dtype, self.layout)
 
     def rescaled(self) -> tuple[LayerFactors, Array]:
-        x_size, d_size = self._max_abs("inputs"), self._max_abs("output_grads")
+        """As of any scores; inputs without an output gradient, which have no say, become zero."""
+        has_gradient = jnp.any(self.output_grads != 0, axis=-1, keepdims=True)
+        counted = dataclasses.replace(self, inputs=jnp.where(has_gradient, self.inputs, 0))
+        x_size, d_size = counted._max_abs("inputs"), self._max_abs("output_grads")
         scaled = dataclasses.replace(
             self,
-            inputs=self._scale("inputs", divide(jnp.ones_like(x_size), x_size)),
+            inputs=counted._scale("inputs", divide(jnp.ones_like(x_size), x_size)),
             output_grads=self._scale("output_grads", divide(jnp.ones_like(d_size), d_size)),
             formed=None,
         )

@@ -138,8 +138,11 @@ def test_kernels_without_entries_are_harmless(tx):
 @pytest.mark.parametrize("tx", TRANSFORMATIONS.values())
 def test_a_parameter_that_is_none_is_no_parameter(tx):
     """As the bias of a layer that has none."""
-    grads, scores = GRADS | {"bias": None}, {"w": FACTORS, "other": None, "bias": None}
-    updates, _ = tx.update(grads, tx.init(grads), scores=scores)
+    params = {"w": jnp.ones((3, 2)), "bias": None}
+    scores_fn = proma.sequence_scores(lambda params, x: jnp.sum(jnp.tanh(x @ params["w"])))
+    _, scores = scores_fn(params, jnp.ones((4, 5, 3)))
+    grads = proma.weighted_sum(scores, jnp.ones(4))
+    updates, _ = tx.update(grads, tx.init(params), scores=scores)
     assert updates["bias"] is None
 
 
@@ -202,6 +205,7 @@ def test_the_first_microbatches_to_remove_are_those_of_exact_arithmetic(x64):
         for k in range(1, 65):
             for percent in range(0, 101):
                 settings = proma.Accumulation(skip_fraction=percent / 100)
-                removes = settings.removes(jnp.arange(k), k, jnp.zeros((), jnp.int32))
                 expected = [m > 0 and 100 * m >= percent * k for m in range(k)]
-                assert removes.tolist() == expected, (k, percent)
+                for k_ in (k, jnp.int32(k)):
+                    removes = settings.removes(jnp.arange(k), k_, jnp.zeros((), jnp.int32))
+                    assert removes.tolist() == expected, (k, percent)

@@ -266,7 +266,23 @@ def test_training_goes_on_after_a_poisoned_microbatch():
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(tree))
 
 
-# Sequences without a say.
+# Sequences and tokens without a say.
+
+
+@pytest.mark.parametrize("tokens", [2, 6])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_inputs_without_output_gradients_may_be_of_any_size(solver, tokens):
+    """With few tokens the scores are used as factors, with many as they are."""
+    grads, scores = steps(1)[0]
+    kernel = jax.tree.map(lambda x: x[:, :tokens], scores["kernel"])
+    padded = proma.LayerFactors(
+        jnp.pad(kernel.inputs, [(0, 0), (0, 2), (0, 0)], constant_values=1e25),
+        jnp.pad(kernel.output_grads, [(0, 0), (0, 2), (0, 0)]),
+    )
+    tx = proma.accumulate(optax.identity(), 2, solver=solver)
+    (expected,), _ = emissions(tx, [(grads, scores | {"kernel": kernel})] * 2)
+    (updates,), _ = emissions(tx, [(grads, scores | {"kernel": padded})] * 2)
+    assert_close(updates, expected, 1e-5)
 
 
 def logprob_fn(params, sequence):

@@ -41,6 +41,16 @@ MESHES = {
             "head": P(None, "model"),
         },
     ),
+    "hybrid": (
+        {"replica": 2, "data": 4},
+        {
+            "table": P("data"),
+            "up": P(None, "data"),
+            "bias": P(None, "data"),
+            "down": P(None, "data"),
+            "head": P("data"),
+        },
+    ),
     "mixed": (
         {"data": 4, "model": 2},
         {
@@ -93,7 +103,7 @@ def traffic(compiled):
     """Elements that a device receives in collectives; an all-reduce counts twice."""
     received = 0
     for shapes, kind, rest in re.findall(
-        r"= (\S+|\(.*?\)) (all-\w+|reduce-scatter|collective-permute)\((.*)", compiled.as_text()
+        r"= (\S+|\(.*?\)) (all-[\w-]+|reduce-scatter|collective-permute)\((.*)", compiled.as_text()
     ):
         times = (2 if kind == "all-reduce" else 1) * (LAYERS if "/while/body" in rest else 1)
         sizes = re.findall(r"\w+\[([\d,]+)\]", shapes)
@@ -147,7 +157,7 @@ class OnMesh:
         self.explicit = axis_type == AxisType.Explicit
         types = (axis_type,) * len(axes)
         self.mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
-        batch_axis = "data" if "data" in axes else None
+        batch_axis = tuple(name for name in axes if name != "model") or None
         params, tokens, coefficients = model()
         self.params = {leaf: self.put(w, *self.specs.get(leaf, ())) for leaf, w in params.items()}
         self.tokens, self.coefficients = (
@@ -182,10 +192,11 @@ def assert_spread_like(tree, like):
 @pytest.mark.parametrize(
     ("name", "by_both", "by_one", "share"),
     [
-        ("data", 1.5, 1.05, 0.1),
-        ("fsdp", 1.4, 1, 0.05),
+        ("data", 2, 1.55, 0.1),
+        ("fsdp", 1.5, 1.2, 0.05),
         ("tensor", 1.35, 1.01, 0.35),
-        ("mixed", 1.45, 1.15, 0.15),
+        ("hybrid", 1.75, 1.2, 0.1),
+        ("mixed", 1.6, 1.3, 0.15),
     ],
 )
 def test_a_mesh_gives_what_one_device_gives_at_little_cost(name, by_both, by_one, share, axis_type):
@@ -219,7 +230,7 @@ def test_a_mesh_gives_what_one_device_gives_at_little_cost(name, by_both, by_one
 @pytest.mark.parametrize(
     ("name", "axis_type"),
     [
-        ("data", AxisType.Auto),
+        ("hybrid", AxisType.Auto),
         ("fsdp", AxisType.Explicit),
         ("tensor", AxisType.Explicit),
         ("mixed", AxisType.Auto),
@@ -281,7 +292,8 @@ def test_injected_numbers_pass_explicit_axes():
 
 
 def test_param_specs_that_do_not_fit_are_named():
-    params, x = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, jnp.ones((8, 4, 3))
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "none": None}
+    x = jnp.ones((8, 4, 3))
 
     def scores(specs, params=params):
         fn = proma.sequence_scores(
@@ -289,21 +301,29 @@ def test_param_specs_that_do_not_fit_are_named():
         )
         return jax.eval_shape(fn, params, x)
 
-    for fits in (None, P(), {"w": P(None, "model"), "b": None}):
+    for fits in (None, P(), {"w": P(None, "model"), "b": None, "none": None}):
         assert scores(fits)[0].shape == (8,)
-    with pytest.raises(ValueError, match=r"param_specs has .* for params\['b'\] of shape \(2,\)"):
-        scores({"w": P(), "b": P(None, "model")})
-    with pytest.raises(ValueError, match=r"param_specs has 'model' for params\['w'\]"):
-        scores({"w": "model", "b": P()})
+    for wrong, message in [
+        (P(None, "model"), r"for params\['b'\] of shape \(2,\), but it has too many entries"),
+        (P("model", "model"), r"for params\['b'\] .* or names an axis twice"),
+        ("model", r"param_specs has 'model' for params\['b'\] .* must be a PartitionSpec"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            scores({"w": P(), "b": wrong, "none": None})
     with pytest.raises(ValueError, match="param_specs does not fit params"):
         scores({"w": P()})
-    misspelt = proma.sequence_scores(
-        lambda w, x: jnp.sum(jnp.tanh(x @ w)), spmd_axis_name="dta", param_specs=P()
-    )
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     w, spread = jax.device_put((params["w"], x), NamedSharding(mesh, P()))
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match="spmd_axis_name names"):
-        jax.jit(misspelt)(w, spread)
+    for name, spec, message in [
+        ("dta", P(), "spmd_axis_name names"),
+        ("data", P("dta"), "but the mesh has the axes"),
+        ("data", P("data"), "its axes cannot be divided so"),
+    ]:
+        misspelt = proma.sequence_scores(
+            lambda w, x: jnp.sum(jnp.tanh(x @ w)), spmd_axis_name=name, param_specs=spec
+        )
+        with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+            jax.jit(misspelt)(w, spread)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     explicit = jax.device_put(params, NamedSharding(mesh, P()))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="param_specs is for Auto mesh axes"):

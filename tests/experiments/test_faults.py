@@ -311,12 +311,17 @@ def test_a_second_process_waits_for_the_first(state, tmp_path, caplog):
         assert second.result() == 1
 
 
-def test_who_waits_for_another_process_can_be_stopped(tmp_path):
-    with (
-        records.Run(tmp_path, Settings()),
-        pytest.raises(records.Preempted, match=f"while another process worked on {tmp_path}"),
-    ):
-        records.Run(tmp_path, Settings(), stopping=lambda: True)
+def test_who_waits_for_another_process_can_be_stopped(uninterrupted, tmp_path):
+    start = warm_start.warm_start(START, uninterrupted() / "start")
+    config = training.RunConfig("reinforce", 0, START, TRAINING)
+    waiting = [
+        functools.partial(warm_start.warm_start, START, tmp_path),
+        functools.partial(training.train, config, *start, tmp_path),
+    ]
+    with records.Run(tmp_path, Settings()):
+        for work in waiting:
+            with pytest.raises(records.Preempted, match=f"another process worked on {tmp_path}"):
+                work(stopping=lambda: True)
 
 
 def test_what_a_killed_save_leaves_behind_is_removed(state, tmp_path):

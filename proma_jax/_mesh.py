@@ -97,21 +97,22 @@ def layout_of(
         return Layout(spec)
     shape = jax.eval_shape(in_layout, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape
     features = [*within, *[None] * len(shape)][: len(shape)]
-    by_sequence = PartitionSpec(tuple(batch_axes), *_without(features, batch_axes))
     if sequences.shape[0] % _size(mesh, batch_axes):
         return Layout(spec)
+    by_sequence = PartitionSpec(tuple(batch_axes), *_without(features, batch_axes))
     free = tuple(name for name in batch_axes if name not in _named(features))
     between = PartitionSpec(free, *features)
     if free:
-        places = {}
-        for i in range(num_layer_axes, len(shape)):
+        most_spread_first = sorted(
+            range(num_layer_axes, len(shape)), key=lambda i: -len(axis_names(features[i]))
+        )
+        for i in most_spread_first:
             joined = (*axis_names(features[i]), *free)
             if set(joined) <= set(batch_axes) and shape[i] % _size(mesh, joined) == 0:
-                places[i] = joined
-        if not places:
+                features[i] = joined
+                break
+        else:
             return Layout(spec)
-        place = max(places, key=lambda i: (len(places[i]), -i))
-        features[place] = places[place]
     return Layout(spec, by_sequence, between, PartitionSpec(None, *features))
 
 
@@ -141,7 +142,7 @@ def spread(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
     mesh = _mesh_with(AxisType.Auto, x)
     if spec is None or mesh is None:
         return x
-    if not _named(spec) <= _axes_of(mesh, AxisType.Auto):
+    if not set(_named(spec)) <= _axes_of(mesh, AxisType.Auto):
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
@@ -162,7 +163,6 @@ def specs_of_leaves(specs: Any, params: Any) -> list[PartitionSpec | None]:
             "param_specs is for Auto mesh axes, but params has Explicit ones, whose types say how "
             "it is spread: leave param_specs out."
         )
-
     of_leaves: list[PartitionSpec | None] = []
 
     def collect(spec: Any, subtree: Any) -> None:
@@ -192,7 +192,7 @@ def _problem(spec: Any, shape: tuple[int, ...], mesh: Any) -> str | None:
         return None
     if not isinstance(spec, PartitionSpec) or PartitionSpec.UNCONSTRAINED in tuple(spec):
         return "it must be a PartitionSpec of axis names, or None"
-    names = [name for entry in spec for name in axis_names(entry)]
+    names = _named(spec)
     if len(spec) > len(shape) or len(set(names)) < len(names):
         return "it has too many entries, or names an axis twice"
     if mesh is None:
@@ -213,7 +213,7 @@ def without_batch_axes(params: Any, microbatch: Any) -> Any:
 
     def whole(leaf: jax.Array) -> jax.Array:
         mesh, spec = jax.typeof(leaf).sharding.mesh, spec_of(leaf)
-        if _named(spec).isdisjoint(batch_axes):
+        if set(batch_axes).isdisjoint(_named(spec)):
             return leaf
         kept = PartitionSpec(*_without(spec, batch_axes))
         return jax.sharding.reshard(leaf, NamedSharding(mesh, kept))
@@ -266,9 +266,9 @@ def _size(mesh: Any, names: Sequence[str]) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _named(spec: Iterable[Any]) -> set[str]:
+def _named(spec: Iterable[Any]) -> list[str]:
     """The mesh axes named anywhere in a PartitionSpec."""
-    return {name for entry in spec for name in axis_names(entry)}
+    return [name for entry in spec for name in axis_names(entry)]
 
 
 def _without(spec: Iterable[Any], names: Sequence[str]) -> list[Any]:

@@ -337,7 +337,7 @@ def accumulate(
             gradient = optax.tree.cast_like(whole, updates)
             emitted = inner.update(gradient, inner_state, params, **extra)
             if axis_name is None:
-                emitted = varying_like(jax.tree.map(jnp.asarray, emitted), (updates, scores))
+                emitted = varying_like(emitted, (updates, scores))
             return emitted[0], jax.tree.map(_as_typed, emitted[1], inner_state)
 
         def hold(total: Any, inner_state: Any) -> tuple[Any, Any]:

@@ -112,12 +112,12 @@ def sequence_scores(
     def scores_fn(params: Any, microbatch: Any) -> tuple[Any, Any]:
         check_parameters(params)
         _check_microbatch(microbatch)
+        specs = jax.tree.unflatten(jax.tree.structure(params), specs_of_leaves(param_specs, params))
         own = varying_like(without_batch_axes(params, microbatch), microbatch)
         outputs, scores = jax.vmap(per_sequence, (None, 0), spmd_axis_name=spmd_axis_name)(
             own, microbatch
         )
-        batch_axes, treedef = axis_names(spmd_axis_name), jax.tree.structure(params)
-        specs = treedef.unflatten(specs_of_leaves(param_specs, params))
+        batch_axes = axis_names(spmd_axis_name)
 
         def on_mesh(leaf: Any, scores: ScoreLeaf, spec: PartitionSpec | None) -> ScoreLeaf:
             return exchanged(with_layout(scores, jnp.asarray(leaf), batch_axes, spec))
@@ -251,7 +251,7 @@ def check_parameters(params: Any) -> None:
 
 @contextlib.contextmanager
 def differentiating() -> Iterator[None]:
-    """Explains what JAX raises where a program has no gradient."""
+    """Says where what JAX raises comes from, as where a program has no gradient."""
     try:
         yield
     except Exception as error:

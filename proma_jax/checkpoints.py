@@ -68,13 +68,13 @@ def check_restorable(saved: Any, state: Any) -> None:
 
 def _leaves(tree: Any) -> dict[str, Any]:
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): _without_key(leaf)
+        jax.tree_util.keystr(path, simple=True, separator="."): _as_array(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
-def _without_key(leaf: Any) -> Any:
-    """A PRNG key as the numbers that it is saved as."""
+def _as_array(leaf: Any) -> Any:
+    """A leaf that is saved as an array: a PRNG key as its data, a Python number."""
     if not hasattr(leaf, "dtype"):
         return np.asarray(leaf)
     is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

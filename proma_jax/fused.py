@@ -149,9 +149,9 @@ def accumulated_gradient(
         capture.check_parameters(params)
         _check_batch(batch, coefficients)
         params = varying_like(jax.tree.map(jnp.asarray, params), (batch, coefficients))
+        specs = specs_of_leaves(param_specs, params)
         program = _trace_one(logprob_fn, params, batch, has_aux)
-        param_spec = specs_of_leaves(param_specs, params)
-        plan = _Plan(program, params, accumulation, intra, spmd_axis_name, param_spec)
+        plan = _Plan(program, params, accumulation, intra, spmd_axis_name, specs)
         k = coefficients.shape[0]
 
         def add_microbatch(
@@ -182,7 +182,7 @@ def accumulated_gradient(
             add_microbatch, start, (jnp.arange(k), batch, coefficients)
         )
         grads = automatic(finish, [spec_of(leaf) for leaf in leaves], totals)
-        grads = [spread(gradient, spec) for gradient, spec in zip(grads, param_spec, strict=True)]
+        grads = [spread(gradient, spec) for gradient, spec in zip(grads, specs, strict=True)]
         return jax.tree.unflatten(treedef, grads), metrics
 
     return gradient_fn

@@ -101,8 +101,7 @@ def removed_part(
     if axis_name is not None:
         projected = jax.lax.pmean(projected, axis_name)  # the same on all, and known to be
     lengths = layer_norms(projected, scores.num_layer_axes)
-    scale = _bounding(lengths, own_lengths, relative_bound)
-    scale = jnp.asarray(shrinkage, scale.dtype) * scale
+    scale = _scaling(lengths, own_lengths, shrinkage, relative_bound)
     return scores.view.invert(_times(projected, scale))
 
 
@@ -232,20 +231,23 @@ def removal(
     """
     weights = _solve_damped(products.gram, products.dots, ridge)
     lengths = products.lengths(weights)
-    scale = _bounding(lengths, own_lengths, relative_bound)
-    scale = jnp.asarray(shrinkage, scale.dtype) * scale
+    scale = _scaling(lengths, own_lengths, shrinkage, relative_bound)
     return divide(scale[..., None] * weights, products.norms), scale * lengths
 
 
-def _bounding(
-    lengths: jax.Array, own_lengths: jax.Array, relative_bound: ArrayLike | None
+def _scaling(
+    lengths: jax.Array,
+    own_lengths: jax.Array,
+    shrinkage: ArrayLike,
+    relative_bound: ArrayLike | None,
 ) -> jax.Array:
-    """The factors that bring lengths down to `relative_bound` times `own_lengths`."""
-    if relative_bound is None:
-        return jnp.ones_like(lengths)
-    limits = jnp.asarray(relative_bound, own_lengths.dtype) * own_lengths
-    too_long = lengths > limits
-    return jnp.where(too_long, limits / jnp.where(too_long, lengths, 1), 1)
+    """`shrinkage` times what brings lengths down to `relative_bound` times `own_lengths`."""
+    bounding = jnp.ones_like(lengths)
+    if relative_bound is not None:
+        limits = jnp.asarray(relative_bound, own_lengths.dtype) * own_lengths
+        too_long = lengths > limits
+        bounding = jnp.where(too_long, limits / jnp.where(too_long, lengths, 1), 1)
+    return jnp.asarray(shrinkage, bounding.dtype) * bounding
 
 
 def layer_norms(layers: jax.Array, num_layer_axes: int = 0) -> jax.Array:
@@ -267,11 +269,8 @@ def _solve_damped(gram: jax.Array, dots: jax.Array, ridge: ArrayLike) -> jax.Arr
     """(gram + ridge · I)⁻¹ dots, without the directions that float32 cannot tell from none."""
     finite = jnp.all(jnp.isfinite(gram), axis=(-2, -1), keepdims=True)
     dtype = jnp.result_type(gram, dots)
-    safe, dots, ridge = (
-        jnp.where(finite, gram, 0).astype(dtype),
-        dots.astype(dtype),
-        jnp.asarray(ridge, dtype),
-    )
+    dots, ridge = dots.astype(dtype), jnp.asarray(ridge, dtype)
+    safe = jnp.where(finite, gram, 0).astype(dtype)
     values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(safe))
     noise = gram.shape[-1] * jnp.finfo(gram.dtype).eps * values[..., -1:]
     inverse = jnp.where(values > noise, 1 / jnp.where(values > noise, values + ridge, 1), 0)

@@ -321,8 +321,9 @@ class LayerFactors(ScoreLeaf):
     def _num_tokens(self) -> int:
         return math.prod(self.inputs.shape[1 + self.num_layer_axes : -1])
 
-    def compact(self) -> LayerFactors | DenseScores:
-        """Dense where that costs less than pairs of tokens.
+    @property
+    def dense_costs_less(self) -> bool:
+        """Whether the scores themselves cost less to project with than pairs of tokens.
 
         Beside the product of the factors, which both forms need, the dense one makes and reads b
         scores four times, as long as some 128 operations for each of their entries take; the
@@ -331,9 +332,11 @@ class LayerFactors(ScoreLeaf):
         d_in, d_out = self._one_layer_shape()
         tokens = self._num_tokens
         if d_in == 0 or d_out == 0:
-            return self
-        factored = self.batch_size * tokens**2 * (1 / d_in + 1 / d_out) + tokens
-        if factored <= 64:
+            return False
+        return self.batch_size * tokens**2 * (1 / d_in + 1 / d_out) + tokens > 64
+
+    def compact(self) -> LayerFactors | DenseScores:
+        if not self.dense_costs_less:
             return self
         return self.dense().compact() if self.formed is None else self.formed
 
@@ -549,12 +552,12 @@ def exchanged(scores: ScoreLeaf) -> ScoreLeaf:
     """Scores with the compact form made, and spread by its features, once for all that need it."""
     if scores.layout is None or scores.layout.by_feature is None:
         return scores
-    if not isinstance(jax.eval_shape(lambda leaf: leaf.compact(), scores), DenseScores):
+    is_factored = isinstance(scores, LayerFactors) and scores.dense_costs_less
+    if not is_factored and not isinstance(scores, DenseScores):
         return scores
-    compact = automatic(lambda leaf: leaf.compact(), scores.layout.by_feature, scores)
-    if isinstance(scores, LayerFactors):
-        return dataclasses.replace(scores, formed=compact)
-    return compact
+    whole: Any = scores
+    compact = automatic(lambda leaf: leaf.compact(), scores.layout.by_feature, whole)
+    return dataclasses.replace(whole, formed=compact) if is_factored else compact
 
 
 def known_spec(scores: ScoreLeaf | None) -> PartitionSpec | None:

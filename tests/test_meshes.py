@@ -117,7 +117,7 @@ def extra_memory(compiled, plain):
     )
 
 
-def update(tx, fn, options, params, state, tokens, coefficients):
+def take_step(tx, fn, options, params, state, tokens, coefficients):
     _, scores = proma.sequence_scores(fn, **options)(params, tokens)
     grads = proma.weighted_sum(scores, coefficients)
     return tx.update(grads, state, params, scores=scores)
@@ -140,7 +140,7 @@ def on_one_device(reads):
     params, tokens, coefficients = model()
     fn, state = functools.partial(logprob_fn, reads=reads), BOTH.init(params)
     step = compile_step(
-        functools.partial(update, BOTH, fn, {}), params, state, tokens[0], coefficients[0]
+        functools.partial(take_step, BOTH, fn, {}), params, state, tokens[0], coefficients[0]
     )
     plain = functools.partial(plain_gradient, fn, lambda params: params)
     extra = extra_memory(step, compile_step(plain, params, tokens[0], coefficients[0]))
@@ -210,7 +210,7 @@ def test_a_mesh_gives_what_one_device_gives_at_little_cost(name, by_both, by_one
         microbatch = case.tokens[0], case.coefficients[0]
 
         def compiled(tx):
-            step = functools.partial(update, tx, case.logprob_fn, case.options)
+            step = functools.partial(take_step, tx, case.logprob_fn, case.options)
             return compile_step(step, params, tx.init(params), *microbatch)
 
         step, one_step = compiled(BOTH), compiled(ACCUMULATION)
@@ -230,6 +230,7 @@ def test_a_mesh_gives_what_one_device_gives_at_little_cost(name, by_both, by_one
 @pytest.mark.parametrize(
     ("name", "axis_type"),
     [
+        ("data", AxisType.Auto),
         ("hybrid", AxisType.Auto),
         ("fsdp", AxisType.Explicit),
         ("tensor", AxisType.Explicit),
@@ -264,10 +265,10 @@ def test_a_lookup_told_how_to_be_spread_is_dense_and_right():
     case = OnMesh("data", AxisType.Explicit)
 
     def logprob_fn(params, tokens):
-        return jnp.sum(params["table"].at[tokens].get(out_sharding=P()) @ params["head"].T[:WIDTH])
+        return jnp.sum(params["table"].at[tokens].get(out_sharding=P()) @ params["head"])
 
     with jax.set_mesh(case.mesh):
-        params = {"table": case.params["table"], "head": case.params["head"].T}
+        params = {name: case.params[name] for name in ("table", "head")}
         of_all = jax.jit(jax.vmap(jax.grad(logprob_fn), (None, 0)))(params, case.tokens[0])
         _, scores = jax.jit(proma.sequence_scores(logprob_fn))(params, case.tokens[0])
         assert isinstance(scores["table"], proma.DenseScores)

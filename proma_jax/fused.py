@@ -5,11 +5,12 @@ pass of each layer, where the scores of that layer are at hand, projects and acc
 score outlives its layer. The result is that of the two transformations up to rounding. It is the
 gradient of one optimizer step, from all its microbatches, and any optax chain may follow.
 
-The taps of `capture` make it possible: where the first matmul with some input is met, a node is put
-into the program that hands each matmul with this input a probe of zeros. In the backward pass the
-node gets the output gradients of these matmuls as the probes' gradients, together, and returns what
-the microbatch adds to each kernel's accumulated gradient G as the "gradient" of G. A node is mapped
-over the microbatch's sequences by a `custom_vmap`, so that it sees them all.
+The taps of `capture` make it possible: where the first matrix product with some input is met, a
+node is put into the program that hands each product with this input a probe of zeros. In the
+backward pass the node gets the gradients of these products' results as the probes' gradients,
+together, and returns what the microbatch adds to each kernel's accumulated gradient G as the
+"gradient" of G. A node is mapped over the microbatch's sequences by a `custom_vmap`, so that it
+sees them all.
 
 Example:
   >>> import jax, jax.numpy as jnp, optax
@@ -29,15 +30,17 @@ Example:
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from proma_jax import _jaxpr, _options, capture
+from proma_jax import _options
 from proma_jax._mesh import (
     Layout,
     automatic,
@@ -51,7 +54,14 @@ from proma_jax._mesh import (
     without_batch_axes,
 )
 from proma_jax.accumulation import Accumulation
-from proma_jax.capture import Path, Program, Use
+from proma_jax.capture import _jaxpr
+from proma_jax.capture.api import check_function, check_parameters, differentiating
+from proma_jax.capture.factors import Assembly, Reported, assemble
+from proma_jax.capture.layout import Layout as LeafLayout
+from proma_jax.capture.layout import Placement, place
+from proma_jax.capture.pieces import ABSENT
+from proma_jax.capture.program import Program, trace
+from proma_jax.capture.search import Path
 from proma_jax.intra import Intra, Start
 from proma_jax.projection import (
     UnitProducts,
@@ -69,7 +79,6 @@ from proma_jax.scores import (
     divide,
     stack_vectors,
     wide,
-    wide_dtype,
 )
 
 Array = jax.Array
@@ -138,28 +147,25 @@ def accumulated_gradient(
     ]:
         if not isinstance(settings, kind | None):
             raise ValueError(f"{name}={settings!r} must be a proma_jax.{kind.__name__}, or None.")
-    capture.check_function(logprob_fn)
+    check_function(logprob_fn)
 
-    def gradient_fn(
-        params: Any, batch: Any, coefficients: Array, step: ArrayLike = 0
+    @jax.jit
+    def gradient(
+        params: Any, batch: Any, coefficients: Array, step: Array
     ) -> tuple[Any, GradientMetrics]:
-        coefficients, step = jnp.asarray(coefficients), jnp.asarray(step, jnp.int32)
-        if step.ndim:
-            raise ValueError(f"step has shape {step.shape}, but must be one number.")
-        capture.check_parameters(params)
-        _check_batch(batch, coefficients)
-        params = varying_like(jax.tree.map(jnp.asarray, params), (batch, coefficients))
+        params = varying_like(params, (batch, coefficients))
         specs = specs_of_leaves(param_specs, params)
         program = _trace_one(logprob_fn, params, batch, has_aux)
         plan = _Plan(program, params, accumulation, intra, spmd_axis_name, specs)
         k = coefficients.shape[0]
+        leaves, treedef = jax.tree.flatten(params)
 
         def add_microbatch(
             carry: tuple[list[Array], Array], inputs: tuple[Array, Any, Array]
         ) -> tuple[tuple[list[Array], Array], GradientMetrics]:
             (totals, length), (m, microbatch, weights) = carry, inputs
             numbers = plan.numbers(m, k, step, weights.size)
-            parts, outputs, norms = plan.microbatch(totals, microbatch, weights, numbers)
+            parts, outputs, norms = plan.microbatch(leaves, totals, microbatch, weights, numbers)
             removed, removed_intra, own = norms
             logprobs, aux = outputs if has_aux else (outputs, None)
             metrics = GradientMetrics(
@@ -168,15 +174,13 @@ def accumulated_gradient(
             totals = plan.spread([t + part for t, part in zip(totals, parts, strict=True)])
             return (totals, _options.norm(totals)), metrics
 
-        leaves, treedef = jax.tree.flatten(params)
-
         def finish(totals: list[Array]) -> list[Array]:
             return [
                 spec.view.invert(total).astype(leaf.dtype)
                 for spec, total, leaf in zip(plan.leaves, totals, leaves, strict=True)
             ]
 
-        zeros = plan.zeros(accumulator_dtype)
+        zeros = plan.zeros(leaves, accumulator_dtype)
         start = zeros, _options.norm(zeros)
         (totals, _), metrics = jax.lax.scan(
             add_microbatch, start, (jnp.arange(k), batch, coefficients)
@@ -184,6 +188,16 @@ def accumulated_gradient(
         grads = automatic(finish, [spec_of(leaf) for leaf in leaves], totals)
         grads = [spread(gradient, spec) for gradient, spec in zip(grads, specs, strict=True)]
         return jax.tree.unflatten(treedef, grads), metrics
+
+    def gradient_fn(
+        params: Any, batch: Any, coefficients: Array, step: ArrayLike = 0
+    ) -> tuple[Any, GradientMetrics]:
+        coefficients, step = jnp.asarray(coefficients), jnp.asarray(step, jnp.int32)
+        if step.ndim:
+            raise ValueError(f"step has shape {step.shape}, but must be one number.")
+        check_parameters(params)
+        _check_batch(batch, coefficients)
+        return gradient(jax.tree.map(jnp.asarray, params), batch, coefficients, step)
 
     return gradient_fn
 
@@ -208,13 +222,13 @@ def _trace_one(logprob_fn: Callable[..., Any], params: Any, batch: Any, has_aux:
     """The program for one sequence of the batch."""
     programs = []
 
-    def trace(params: Any, sequence: Any) -> Array:
-        programs.append(capture.trace(logprob_fn, params, sequence, has_aux))
+    def trace_it(params: Any, sequence: Any) -> Array:
+        programs.append(trace(logprob_fn, params, sequence, has_aux))
         return jnp.zeros(())
 
     def first(params: Any, batch: Any) -> Array:
         microbatch = jax.tree.map(lambda x: x[0], batch)
-        return jax.vmap(trace, (None, 0))(without_batch_axes(params, microbatch), microbatch)
+        return jax.vmap(trace_it, (None, 0))(without_batch_axes(params, microbatch), microbatch)
 
     jax.eval_shape(first, params, batch)
     return programs[0]
@@ -227,27 +241,13 @@ class _Numbers(NamedTuple):
       removes: () bool, whether the accumulation variant removes anything.
       accumulation: arguments of `removed_part`.
       shrinkage: of the intra variant.
-      starts: of the bases, by rank and dimension.
+      starts: of its bases, by rank and dimension.
     """
 
     removes: Array
     accumulation: dict[str, Any]
     shrinkage: ArrayLike
-    starts: dict[str, Array]
-
-
-class _Place(NamedTuple):
-    """What a node returns for a leaf beside its part.
-
-    Attributes:
-      norms: (*scans, 3), as in `_parts`.
-      of_inputs: directions (*layers, r, d_in), of the first leaf with these inputs that waits.
-      of_grads: directions (*layers, r, d_out), of a leaf that waits.
-    """
-
-    norms: Array
-    of_inputs: Array | None = None
-    of_grads: Array | None = None
+    starts: dict[tuple[int, int], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,31 +257,52 @@ class _Leaf:
     Attributes:
       accumulates: whether the accumulation variant projects it.
       intra: whether the intra variant does.
-      where: "node", in the backward pass of its only use; "sum", at each of several uses, whose
-        parts are summed (if it is not projected); "late", from its scores after the backward pass.
       view: how the leaf is read in the layout of its total, which is that of its scores.
     """
 
     accumulates: bool
     intra: bool
-    where: str
     view: View
 
-    @property
-    def waits(self) -> bool:
-        """Whether its node only finds the directions for intra, which then waits for all layers.
 
-        So all bases are made at once. Accumulation, inside the node, needs intra's result.
-        """
-        return self.intra and not self.accumulates and self.where == "node"
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Slot:
+    """What a node adds to one leaf's total.
+
+    Attributes:
+      leaf: its number.
+      layers: (scans around the node..., layers), which layers of the total the node sees in which
+        iteration; None if the total goes whole to several nodes, whose parts are summed.
+      assembly: of the factors of these layers.
+      view: how the layers that the node sees are read in the layout of the scores.
+    """
+
+    leaf: int
+    layers: np.ndarray | None
+    assembly: Assembly
+    view: View
+
+    def of_total(self, total: Array) -> Array:
+        """The layers of a total, (scans..., *layers, d_in, d_out), one for each iteration."""
+        if self.layers is None:
+            return total
+        shape = (*self.layers.shape[:-1], *self.assembly.layer_shape, *self.assembly.matrix_shape)
+        layers = total.reshape(-1, *self.assembly.matrix_shape)
+        is_whole = np.array_equal(self.layers.ravel(), np.arange(layers.shape[0]))
+        return (layers if is_whole else layers[self.layers.ravel()]).reshape(shape)
 
 
 class _Plan:
-    """How each leaf's gradient is made.
+    """How each leaf's gradient is made: which is static, and holds no arrays.
+
+    A leaf is made by nodes, in the backward pass, if each of its layers is used at one node only,
+    or if it is not projected and may be summed up; else late, from its scores after the backward
+    pass.
 
     Attributes:
       leaves: for each parameter leaf.
       specs: for each, how its total is spread over Auto axes, None if that is not known.
+      nodes: for each group of uses that has a node, what the node adds to which leaf.
     """
 
     def __init__(
@@ -294,31 +315,90 @@ class _Plan:
         param_specs: Sequence[PartitionSpec | None],
     ) -> None:
         self.program, self.accumulation, self.intra = program, accumulation, intra
-        self.params, self.spmd_axis_name = params, spmd_axis_name
-        self.dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)]
+        self.spmd_axis_name = spmd_axis_name
+        arrays = jax.tree.leaves(params)
+        self.dtypes = [leaf.dtype for leaf in arrays]
         paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
         kinds = [(path, program.kind(i)) for i, path in enumerate(paths)]
         accumulates, in_intra = (
             settings.projects(kinds, params) if settings else [False] * len(kinds)
             for settings in (accumulation, intra)
         )
-        where = self._where([a or i for a, i in zip(accumulates, in_intra, strict=True)])
         self.leaves = [
-            _Leaf(a, i, where[leaf], program.view(leaf))
+            _Leaf(a, i, program.view(leaf))
             for leaf, (a, i) in enumerate(zip(accumulates, in_intra, strict=True))
         ]
         self.specs = [
             None if spec is None else spec_within(leaf, of_leaf.view.apply, spec)
-            for leaf, of_leaf, spec in zip(
-                jax.tree.leaves(params), self.leaves, param_specs, strict=True
+            for leaf, of_leaf, spec in zip(arrays, self.leaves, param_specs, strict=True)
+        ]
+        slots = {leaf: self._slots(leaf) for leaf in program.parts}
+        self.late = self._late({leaf for leaf in slots if slots[leaf] is None})
+        self.nodes: dict[Path, list[_Slot]] = {}
+        for leaf, of_leaf in slots.items():
+            if leaf not in self.late:
+                for group, slot in of_leaf or ():
+                    self.nodes.setdefault(group, []).append(slot)
+
+    def _late(self, leaves: set[int]) -> set[int]:
+        """Some leaves, and those that share an input with one of them, and so on."""
+        program = self.program
+        together = [
+            {
+                piece.leaf
+                for path in members
+                for piece in program.uses[path].pieces
+                if piece.leaf in program.parts
+            }
+            for members in program.members.values()
+        ]
+        while True:
+            more = leaves.union(*(group for group in together if group & leaves))
+            if more == leaves:
+                return leaves
+            leaves = more
+
+    def _slots(self, leaf: int) -> list[tuple[Path, _Slot]] | None:
+        """The nodes that make a leaf and what each adds; None if it is late."""
+        program, parts = self.program, self.program.parts[leaf]
+        by_group: list[tuple[Path, Any, list[Placement]]] = []
+        for layout, assembly in parts:
+            groups: dict[Path, list[Placement]] = {}
+            for placement in assembly.placements:
+                group = program.first[placement.access.use.path]
+                groups.setdefault(group, []).append(placement)
+            by_group += [(group, layout, placements) for group, placements in groups.items()]
+        if len(parts) == 1:
+            slots = [
+                (group, _slot(leaf, placements, layout)) for group, layout, placements in by_group
+            ]
+            seen = [slot.layers.ravel() for _, slot in slots if slot and slot.layers is not None]
+            each_once = len(np.unique(np.concatenate([*seen, []]))) == sum(map(len, seen))
+            if len(seen) == len(slots) and each_once:
+                return [(group, slot) for group, slot in slots if slot]
+        is_projected = self.leaves[leaf].accumulates or self.leaves[leaf].intra
+        in_scans = any(p.access.use.scans for _, _, placements in by_group for p in placements)
+        if is_projected or in_scans:
+            return None
+        shape = program.shapes[leaf]
+        return [
+            (
+                group,
+                _Slot(
+                    leaf,
+                    None,
+                    Assembly(placements, layout.layer_shape, layout.matrix_shape),
+                    layout.view(shape),
+                ),
             )
+            for group, layout, placements in by_group
         ]
 
     def spread(self, totals: Sequence[Array]) -> list[Array]:
         """The totals, spread over Auto axes like the parameters."""
         return [spread(total, spec) for total, spec in zip(totals, self.specs, strict=True)]
 
-    def zeros(self, dtype: DTypeLike) -> list[Array]:
+    def zeros(self, leaves: Sequence[Array], dtype: DTypeLike) -> list[Array]:
         """The totals at the start, spread like the parameters."""
 
         def in_layout(leaf: Array, view: View) -> Array:
@@ -326,33 +406,9 @@ class _Plan:
             spec = spec_within(leaf, view.apply) or PartitionSpec()
             return automatic(lambda leaf: view.apply(zeros(leaf)), spec, leaf)
 
-        leaves = jax.tree.leaves(self.params)
         return self.spread(
             [in_layout(leaf, spec.view) for spec, leaf in zip(self.leaves, leaves, strict=True)]
         )
-
-    def _where(self, is_projected: list[bool]) -> list[str]:
-        program = self.program
-
-        def alone(leaf: int) -> str:
-            uses = [program.taps[path] for path in program.paths(leaf)]
-            scans = [is_layer for use in uses for _, is_layer in use.scans]
-            if len(uses) == 1 and all(scans):
-                return "node"
-            return "sum" if uses and not is_projected[leaf] and not any(scans) else "late"
-
-        where = [alone(leaf) for leaf in range(len(is_projected))]
-        while True:
-            late = [
-                program.taps[path].leaf
-                for members in program.members.values()
-                if any(where[program.taps[path].leaf] == "late" for path in members)
-                for path in members
-            ]
-            if all(where[leaf] == "late" for leaf in late):
-                return where
-            for leaf in late:
-                where[leaf] = "late"
 
     def numbers(self, m: Array, k: int, step: Array, batch_size: int) -> _Numbers:
         """Those of microbatch m of k, of `batch_size` sequences, in an optimizer step."""
@@ -361,136 +417,127 @@ class _Plan:
             removes = self.accumulation.removes(m, k, step)
             accumulation = self.accumulation.at_step(step)
         shrinkage: ArrayLike = 0.0
-        starts = {}
+        starts: dict[tuple[int, int], Array] = {}
         if self.intra:
             taken = step * k + m
             shrinkage = _options.at_step(self.intra.shrinkage, taken)
             start = self.intra.start(jax.random.key(self.intra.seed), taken)
-            for leaf, spec in enumerate(self.leaves):
-                if spec.intra:
-                    rank, d_in, d_out = self._sizes(leaf, batch_size)
-                    _, inputs, _ = self.program.factor_shapes[leaf]
-                    for d in d_in, d_out:
-                        starts[_name(rank, d)] = start(rank, d, inputs.dtype)
+            for assembly, dtype in self._assemblies_in_intra():
+                d_in, d_out = assembly.matrix_shape
+                rank = self.intra.rank_in(batch_size * assembly.num_tokens, d_in, d_out)
+                starts |= {(rank, d): start(rank, d, dtype) for d in (d_in, d_out)}
         return _Numbers(removes, accumulation, shrinkage, starts)
 
-    def _sizes(self, leaf: int, batch_size: int) -> tuple[int, int, int]:
-        """Rank of the intra variant, d_in and d_out of a leaf."""
-        assert self.intra is not None
-        tokens, inputs, output_grads = self.program.factor_shapes[leaf]
-        d_in, d_out = inputs.shape[-1], output_grads.shape[-1]
-        return self.intra.rank_in(batch_size * tokens, d_in, d_out), d_in, d_out
-
-    def _place(self, path: Path, batch_size: int) -> _Place:
-        """Zeros in whose place a node returns more than its leaf's part."""
-        use = self.program.taps[path]
-        places = _Place(jnp.zeros((*(length for length, _ in use.scans), 3), jnp.float32))
-        if not self.leaves[use.leaf].waits:
-            return places
-        rank, d_in, d_out = self._sizes(use.leaf, batch_size)
-        _, _, grads = self.program.factor_shapes[use.leaf]
-        dtype, layers = wide_dtype(grads.dtype), grads.shape[:-2]
-        if self._owner(path, batch_size) == path:
-            places = places._replace(of_inputs=jnp.zeros((*layers, rank, d_in), dtype))
-        return places._replace(of_grads=jnp.zeros((*layers, rank, d_out), dtype))
-
-    def _owner(self, path: Path, batch_size: int) -> Path:
-        """The first of the waiting taps that share the directions of their inputs."""
-        program = self.program
-        use, rank = program.taps[path], self._sizes(program.taps[path].leaf, batch_size)[0]
-        return next(
-            other
-            for other in program.members[program.reporter[path]]
-            if self.leaves[program.taps[other].leaf].waits
-            and program.taps[other].reads_like(use)
-            and self._sizes(program.taps[other].leaf, batch_size)[0] == rank
-        )
+    def _assemblies_in_intra(self) -> list[tuple[Assembly, Any]]:
+        """Those of the factors that the intra variant projects, and the factors' type."""
+        slots = [slot for of_node in self.nodes.values() for slot in of_node]
+        found = [(slot.leaf, slot.assembly) for slot in slots]
+        found += [(leaf, part) for leaf in self.late for _, part in self.program.parts[leaf]]
+        return [(assembly, assembly.dtype) for leaf, assembly in found if self.leaves[leaf].intra]
 
     def microbatch(
         self,
+        leaves: list[Array],
         totals: list[Array],
         microbatch: Any,
         coefficients: Array,
         numbers: _Numbers,
     ) -> tuple[list[Array], Any, Array]:
         """What a microbatch adds to each total, the outputs, and the norms of `_parts`."""
-        program, b = self.program, coefficients.shape[0]
-        leaves, whole_totals = without_batch_axes(
-            (jax.tree.leaves(self.params), totals), coefficients
-        )
-
+        program = self.program
+        whole, whole_totals = without_batch_axes((leaves, totals), coefficients)
         for_each_sequence = functools.partial(_for_each, coefficients)
-        dense = {i: for_each_sequence(leaves[i]) for i in program.dense}
-        late, nodes = {}, {}
-        for path, use in program.taps.items():
-            match self.leaves[use.leaf].where:
-                case "late":
-                    probes = use.probes(program.reporter[path] == path)
-                    late[path] = jax.tree.map(for_each_sequence, probes)
-                case "node":
-                    place = varying_like(self._place(path, b), coefficients)
-                    nodes[path] = whole_totals[use.leaf], place
-        sums = {i: whole_totals[i] for i, spec in enumerate(self.leaves) if spec.where == "sum"}
+        dense = {i: for_each_sequence(whole[i]) for i in program.dense}
+        late_groups = [group for group in program.members if group not in self.nodes]
+        late = jax.tree.map(for_each_sequence, program.probes(late_groups))
+        nodes: dict[Path, list[tuple[Array, Array | None]]] = {}
+        specs: dict[Path, list[PartitionSpec | None]] = {}
+        for group, slots in self.nodes.items():
+            seen = [self._seen_by_node(slot, whole_totals[slot.leaf]) for slot in slots]
+            nodes[group] = [
+                (total, None if norms is None else varying_like(norms, coefficients))
+                for total, norms, _ in seen
+            ]
+            specs[group] = [spec for _, _, spec in seen]
 
         def per_sequence(
             differentiated: tuple[Any, ...], numbers: _Numbers, coefficient: Array, sequence: Any
         ) -> tuple[Array, Any]:
-            dense, late, nodes, sums = differentiated
-            values = [dense.get(i, leaf) for i, leaf in enumerate(leaves)]
-            visit = functools.partial(self._visit, sums, coefficient, numbers)
+            dense, late, nodes = differentiated
+            values = [dense.get(i, leaf) for i, leaf in enumerate(whole)]
+            visit = functools.partial(self._visit, specs, coefficient, numbers)
             return program.run([*values, *jax.tree.leaves(sequence)], late | nodes, visit)
 
         def value(differentiated: tuple[Any, ...]) -> tuple[Array, Any]:
-            axes = ((0, 0, None, None), None, 0, 0)
+            axes = ((0, 0, None), None, 0, 0)
             logprobs, outputs = jax.vmap(per_sequence, axes, spmd_axis_name=self.spmd_axis_name)(
                 differentiated, numbers, coefficients, microbatch
             )
             return jnp.sum(logprobs), outputs
 
-        with capture.differentiating():
-            (dense, late, nodes, sums), outputs = jax.grad(value, has_aux=True)(
-                (dense, late, nodes, sums)
-            )
+        with differentiating():
+            (dense, late, nodes), outputs = jax.grad(value, has_aux=True)((dense, late, nodes))
         parts, norms = automatic(
             self._collect,
             ([spec_of(total) for total in totals], PartitionSpec()),
             dense,
             late,
             nodes,
-            sums,
             totals,
             coefficients,
             numbers,
         )
         return parts, outputs, norms
 
+    def _seen_by_node(
+        self, slot: _Slot, total: Array
+    ) -> tuple[Array, Array | None, PartitionSpec | None]:
+        """What a node gets of a total, the place of its norms, and how it is spread over Auto axes.
+
+        The first two have an axis for each scan around the node.
+        """
+        if slot.layers is None:
+            return total, None, None
+        scans = slot.layers.shape[:-1]
+        layers = automatic(
+            slot.of_total, spec_within(total, slot.of_total) or PartitionSpec(), total
+        )
+        known = self.specs[slot.leaf]
+        spec = None if known is None else spec_within(total, slot.of_total, known)
+        in_node = None if spec is None else PartitionSpec(*spec[len(scans) :])
+        return layers, jnp.zeros((*scans, 3), jnp.float32), in_node
+
     def _collect(
         self,
         dense: dict[int, Array],
         late: dict[Path, Any],
-        nodes: dict[Path, tuple[Array, _Place]],
-        sums: dict[int, Array],
+        nodes: dict[Path, list[tuple[Array, Array | None]]],
         totals: list[Array],
         coefficients: Array,
         numbers: _Numbers,
     ) -> tuple[list[Array], Array]:
         """The parts of all leaves and the norms of `_parts`, from what the backward pass made."""
-        program, b = self.program, coefficients.shape[0]
-        parts: list[Any] = [None] * len(totals)
+        program = self.program
         norms = [jnp.zeros((1, 3), jnp.float32)]
-        waiting: dict[int, ScoreLeaf] = {}
-        for i, spec in enumerate(self.leaves):
-            if spec.where == "node":
-                parts[i], place = nodes[program.paths(i)[0]]
-                norms.append(place.norms.reshape(-1, 3))
-            elif spec.where == "sum":
-                parts[i] = sums[i]
-                norms.append(_three(own=sums[i])[None])
-            elif i in dense:
-                waiting[i] = jax.vmap(functools.partial(program.dense_leaf, i))(dense[i])
-            else:
-                of_leaf = functools.partial(program.leaf, i, dtype=self.dtypes[i])
-                waiting[i] = jax.vmap(of_leaf)(late)
+        made: dict[int, list[tuple[_Slot, Array]]] = {}
+        for group, slots in self.nodes.items():
+            for slot, (part, of_part) in zip(slots, nodes[group], strict=True):
+                made.setdefault(slot.leaf, []).append((slot, part))
+                if of_part is not None:
+                    norms.append(of_part.reshape(-1, 3))
+        parts = {leaf: _together(of_leaf, totals[leaf]) for leaf, of_leaf in made.items()}
+        norms += [_three(own=parts[leaf])[None] for leaf in made if made[leaf][0][0].layers is None]
+        waiting: dict[int, ScoreLeaf] = {
+            i: jax.vmap(functools.partial(program.dense_leaf, i))(gradient)
+            for i, gradient in dense.items()
+        }
+        late_leaves = sorted(self.late)
+        if late_leaves:
+            dtypes = [self.dtypes[i] for i in late_leaves]
+            factored = jax.vmap(
+                lambda found: program.factored(late_leaves, program.reports(found), dtypes)
+            )(late)
+            waiting |= zip(late_leaves, factored, strict=True)
         for accumulates in (True, False):
             numbered = [i for i in waiting if self.leaves[i].accumulates == accumulates]
             groups = stack_vectors(
@@ -503,138 +550,115 @@ class _Plan:
                 coefficients,
                 numbers,
             )
-            for (group, _, _), (part, of_part) in zip(groups, found, strict=True):
+            for (positions, _, _), (part, of_part) in zip(groups, found, strict=True):
                 norms.append(of_part[None])
-                for i, one in zip(group, part if len(group) > 1 else [part], strict=True):
+                for i, one in zip(positions, part if len(positions) > 1 else [part], strict=True):
                     parts[numbered[i]] = one
-        directions: dict[int, Any] = {
-            i: (nodes[self._owner(path, b)][1].of_inputs, nodes[path][1].of_grads)
-            for i, spec in enumerate(self.leaves)
-            if spec.waits
-            for path in program.paths(i)
-        }
-        if self.intra and directions:
-            in_common = self.intra.common_parts(
-                [parts[i] for i in directions], list(directions.values())
-            )
-            for i, part in zip(directions, in_common, strict=True):
-                common = jnp.asarray(numbers.shrinkage * part)
-                norms.append(_three(intra=common, own=parts[i])[None])
-                parts[i] = parts[i] - common
-        parts = [part.astype(total.dtype) for part, total in zip(parts, totals, strict=True)]
-        return parts, layer_norms(jnp.concatenate(norms).T, 1)
+        in_order = [parts[i].astype(total.dtype) for i, total in enumerate(totals)]
+        return in_order, layer_norms(jnp.concatenate(norms).T, 1)
 
     def _visit(
         self,
-        sums: dict[int, Array],
+        specs: dict[Path, list[PartitionSpec | None]],
         coefficient: Array,
         numbers: _Numbers,
-        first: Path,
+        group: Path,
         data: Array,
         extra: dict[Path, Any],
     ) -> tuple[Array, dict[Path, Any]]:
-        """Puts a node where a group of taps is met, unless their leaves are late."""
+        """Puts a node where a group of uses is met, unless their leaves are late."""
+        program = self.program
         data = _own(jnp.asarray(data), coefficient)
-        members = self.program.members[first]
-        leaves = [self.program.taps[path].leaf for path in members]
-        if self.leaves[leaves[0]].where == "late":
-            return self.program.reported(first, data, extra)
-        slots = [
-            extra[path] if self.leaves[leaf].where == "node" else (sums[leaf], None)
-            for path, leaf in zip(members, leaves, strict=True)
+        if group not in self.nodes:
+            return program.reported(group, data, extra)
+        slots, members = self.nodes[group], program.members[group]
+        num_scans = program.uses[group].num_source_scans
+        like = [
+            (program.uses[path].eqn.outvars[0], program.uses[path].scans[num_scans:])
+            for path in members
         ]
-        uses = [self.program.taps[path] for path in members]
+        axes = axis_names(self.spmd_axis_name)
 
-        def fold(data: Array, coefficients: Array, slots: Any, *rest: Any) -> Any:
+        def fold(data: Array, coefficients: Array, totals: Any, *rest: Any) -> Any:
             layouts = [
-                self._layout(use, total, coefficients) if place else None
-                for use, (total, place) in zip(uses, slots, strict=True)
+                None
+                if slot.layers is None
+                else layout_of(
+                    total, coefficients, lambda x: x, len(slot.assembly.layer_shape), axes, spec
+                )
+                for slot, (total, _), spec in zip(slots, totals, specs[group], strict=True)
             ]
-            specs = jax.tree.map(spec_of, slots)
-            of_all = functools.partial(self._fold, uses, layouts)
-            parts = automatic(of_all, specs, data, coefficients, slots, *rest)
+            of_all = functools.partial(self._fold, slots, members, layouts)
+            spread_like = jax.tree.map(spec_of, totals)
+            parts = automatic(of_all, spread_like, data, coefficients, totals, *rest)
             return varying_like(parts, coefficients)
 
-        like = [use.eqn.outvars[0] for use in uses]
         fixed = jax.lax.stop_gradient(data)
-        probes = _node(fold, like)(fixed, coefficient, slots, numbers)
+        probes = _node(fold, like)(fixed, coefficient, extra[group], numbers)
         return data, {path: (None, probe) for path, probe in zip(members, probes, strict=True)}
-
-    def _layout(self, use: Use, total: Array, coefficients: Array) -> Layout | None:
-        """How the scores of a node's leaf are best spread over a mesh."""
-        num_layer_axes = use.num_layer_axes - use.num_stacks
-        axes, of_all = axis_names(self.spmd_axis_name), self.specs[use.leaf]
-        spec = None if of_all is None else PartitionSpec(*of_all[use.num_stacks :])
-        return layout_of(total, coefficients, lambda total: total, num_layer_axes, axes, spec)
 
     def _fold(
         self,
-        uses: Sequence[Use],
+        slots: Sequence[_Slot],
+        members: Sequence[Path],
         layouts: Sequence[Layout | None],
         data: Array,
         coefficients: Array,
-        slots: Sequence[tuple[Array, _Place | None]],
+        totals: Sequence[tuple[Array, Array | None]],
         numbers: _Numbers,
-        output_grads: Sequence[Array],
-    ) -> list[tuple[Array, _Place | None]]:
-        """What a microbatch adds to the totals of matmuls or of a lookup with the same operand.
+        result_grads: Sequence[Array],
+    ) -> list[tuple[Array, Array | None]]:
+        """What a microbatch adds to the totals of uses with the same data.
 
         Args:
-          uses: the matmuls, or the lookup.
-          layouts: of the scores of each.
-          data: (b, ...), their common operand.
+          slots: what the node adds to.
+          members: the uses.
+          layouts: of the scores of each slot.
+          data: (b, ...), what they multiply, or the indices.
           coefficients: (b,).
-          slots: of each, its total and the norms' place, or a total's shape and None.
+          totals: of each slot, its total and the place of its norms, or None.
           numbers: of the microbatch.
-          output_grads: of each, (b, ...).
+          result_grads: of each use, (b, ...).
 
         Returns:
-          Of each, the part to add and what is in its place, in the types of `slots`.
+          Of each slot, the part to add and what is in its place, in the types of `totals`.
         """
-        arranged = [
-            jax.vmap(dataclasses.replace(use, scans=()).factors)(data, grads)
-            for use, grads in zip(uses, output_grads, strict=True)
-        ]
+        assemblies = [slot.assembly for slot in slots]
+
+        def one_sequence(data: Array, grads: Sequence[Array]) -> Any:
+            reported = {p: Reported(data, g) for p, g in zip(members, grads, strict=True)}
+            return assemble(assemblies, reported)
+
+        factors = jax.vmap(one_sequence)(data, list(result_grads))
+        groups: dict[Any, int] = {}
         scores: list[ScoreLeaf] = []
-        read: dict[int, tuple[Array, Array]] = {}
-        for use, layout, (operand, grads) in zip(uses, layouts, arranged, strict=True):
-            num_layer_axes = use.num_layer_axes - use.num_stacks
-            if isinstance(use.operation, _jaxpr.Lookup):
-                rows = use.operation.num_embeddings
-                scores.append(LookupFactors(operand, grads, rows, num_layer_axes))
-            else:
-                alike = [i for i, other in enumerate(uses) if other.reads_like(use)]
-                if alike[0] not in read:
-                    in_loss = capture.any_nonzero([arranged[i][1] for i in alike])
-                    read[alike[0]] = operand, in_loss
-                inputs, in_loss = read[alike[0]]
-                factors = LayerFactors(
-                    inputs, grads, num_layer_axes, in_loss=in_loss, layout=layout
-                )
-                scores.append(factors)
-        specs = [self.leaves[use.leaf] for use in uses]
-        totals = [total for total, _ in slots]
-        parts = self._parts(specs, totals, scores, coefficients, numbers)
-        waiting = {
-            i: leaf
-            for i, leaf in enumerate(scores)
-            if specs[i].waits and isinstance(leaf, LayerFactors)
-        }
-        directions: dict[int, tuple[Array, Array]] = {}
-        if self.intra and waiting:
-            found = self.intra.directions(list(waiting.values()), _start(numbers))
-            directions = dict(zip(waiting, found, strict=True))
-        results: list[tuple[Array, _Place | None]] = []
-        for i, (use, spec, (total, place), (part, norms)) in enumerate(
-            zip(uses, specs, slots, parts, strict=True)
+        for assembly, layout, (read, grads, in_loss) in zip(
+            assemblies, layouts, factors, strict=True
         ):
-            if place is None:
-                part = spec.view.apply(use.view.invert(part))
-                results.append((part.astype(total.dtype), None))
-                continue
-            of_inputs, of_grads = directions.get(i, (None, None))
-            of_inputs = None if place.of_inputs is None else of_inputs
-            results.append((part.astype(total.dtype), _Place(norms, of_inputs, of_grads)))
+            num_layer_axes = len(assembly.layer_shape)
+            if assembly.is_lookup:
+                rows = assembly.matrix_shape[0]
+                scores.append(LookupFactors(read, grads, rows, num_layer_axes))
+            else:
+                group = groups.setdefault(assembly.inputs_key, len(groups))
+                made = LayerFactors(
+                    read, grads, num_layer_axes, in_loss=in_loss, layout=layout, input_group=group
+                )
+                scores.append(made)
+        specs = [self.leaves[slot.leaf] for slot in slots]
+        seen = [
+            slot.view.apply(spec.view.invert(total)) if slot.layers is None else total
+            for slot, spec, (total, _) in zip(slots, specs, totals, strict=True)
+        ]
+        parts = self._parts(specs, seen, scores, coefficients, numbers)
+        results: list[tuple[Array, Array | None]] = []
+        for slot, spec, (total, place_of_norms), (part, norms) in zip(
+            slots, specs, totals, parts, strict=True
+        ):
+            if slot.layers is None:
+                part = spec.view.apply(slot.view.invert(part))
+            kept = None if place_of_norms is None else norms
+            results.append((part.astype(total.dtype), kept))
         return results
 
     def _parts(
@@ -662,8 +686,9 @@ class _Plan:
         by_ridge = self.accumulation is not None and self.accumulation.solver == "ridge"
         ridged = [i for i, spec in enumerate(specs) if spec.accumulates and by_ridge]
         forms = [scores[i].compact() if i in ridged else scores[i] for i in range(len(specs))]
+        weights = [leaf.counted(coefficients) for leaf in scores]
         own = {
-            i: form.weighted_sum(coefficients)
+            i: form.weighted_sum(weights[i])
             for i, form in enumerate(forms)
             if self.intra or i not in ridged
         }
@@ -672,7 +697,7 @@ class _Plan:
             factors = {
                 i: leaf
                 for i, leaf in enumerate(scores)
-                if specs[i].intra and not specs[i].waits and isinstance(leaf, LayerFactors)
+                if specs[i].intra and isinstance(leaf, LayerFactors)
             }
             directions = self.intra.directions(list(factors.values()), _start(numbers))
             parts = self.intra.common_parts([own[i] for i in factors], directions)
@@ -681,16 +706,16 @@ class _Plan:
                 for i, part in zip(factors, parts, strict=True)
             }
         gradients = {i: g - common[i] if i in common else g for i, g in own.items()}
-        removed = self._removed(specs, totals, forms, gradients, coefficients, numbers)
+        removed = self._removed(specs, totals, forms, gradients, weights, numbers)
         results = []
         for i, form in enumerate(forms):
             taken, length = removed.get(i, (jnp.zeros(()), None))
             if i in ridged:
-                part = form.weighted_sum(coefficients - taken)
+                part = form.weighted_sum(weights[i] - taken)
                 part = part - common[i] if i in common else part
             else:
                 part = gradients[i] - taken
-            own_gradient = own.get(i) if self.intra and not specs[i].waits else None
+            own_gradient = own.get(i) if self.intra else None
             norms = _three(common.get(i), own_gradient)
             results.append((part, norms if length is None else norms.at[0].set(length)))
         return results
@@ -701,7 +726,7 @@ class _Plan:
         totals: Sequence[Array],
         scores: Sequence[ScoreLeaf],
         gradients: dict[int, Array],
-        coefficients: Array,
+        coefficients: Sequence[Array],
         numbers: _Numbers,
     ) -> dict[int, tuple[Array, Array]]:
         """What accumulation removes from each leaf that it projects, and its norm.
@@ -740,7 +765,7 @@ class _Plan:
                 own_lengths.append(
                     layer_norms(gradients[i], scores[i].num_layer_axes).reshape(-1)
                     if i in gradients
-                    else flat.lengths(coefficients * flat.norms)
+                    else flat.lengths(coefficients[i] * flat.norms)
                 )
             of_all = jax.tree.map(lambda *xs: jnp.concatenate(xs), *products)
             weights, lengths = removal(
@@ -758,20 +783,26 @@ class _Plan:
         remove = together if settings.solver == "ridge" else one_by_one
 
         def nothing() -> dict[int, tuple[Array, Array]]:
-            return jax.tree.map(jnp.zeros_like, jax.eval_shape(remove))
+            shapes = weight_shapes if settings.solver == "ridge" else dict.fromkeys(chosen)
+            zeros = {
+                i: (jnp.zeros_like(totals[i], shape=shapes[i]), jnp.zeros((), jnp.float32))
+                for i in chosen
+            }
+            return varying_like(zeros, coefficients)
 
         return jax.lax.cond(numbers.removes, remove, nothing)
 
 
 def _node(
-    fold: Callable[..., Any], like: Sequence[Any]
+    fold: Callable[..., Any], like: Sequence[tuple[Any, Sequence[int]]]
 ) -> Callable[[Array, Array, Any, _Numbers], list[Array]]:
     """A function of one sequence that makes probes, whose gradients it sees for all sequences.
 
     Args:
       fold: (data, coefficients, slots, numbers, gradients of the probes), with data, coefficients
         and gradients of all sequences, to the gradient of `slots`.
-      like: variables that the probes for one sequence are shaped like.
+      like: for each probe the variable that it is shaped like for one sequence, and the lengths of
+        scans, which are further axes in front.
 
     Returns:
       (data, coefficient, slots, numbers) to the probes, zeros.
@@ -779,7 +810,7 @@ def _node(
 
     def zeros(data: Array, coefficient: Array, slots: Any, numbers: _Numbers) -> list[Array]:
         del slots, numbers
-        probes = [_jaxpr.zeros(variable, ()) for variable in like]
+        probes = [_jaxpr.zeros(variable, lengths) for variable, lengths in like]
         return varying_like(probes, (data, coefficient))
 
     @jax.custom_vjp
@@ -833,11 +864,7 @@ def _in_layout(scores: ScoreLeaf) -> ScoreLeaf:
 
 
 def _start(numbers: _Numbers) -> Start:
-    return lambda rank, dimension, dtype: numbers.starts[_name(rank, dimension)]
-
-
-def _name(rank: int, dimension: int) -> str:
-    return f"{rank} of {dimension}"
+    return lambda rank, dimension, dtype: numbers.starts[rank, dimension]
 
 
 def _norm_of(x: Array) -> Array:
@@ -848,3 +875,54 @@ def _three(intra: Array | None = None, own: Array | None = None) -> Array:
     """The norms of `_parts`, of which the first is zero."""
     zero = jnp.zeros((), jnp.float32)
     return jnp.stack([zero, *(zero if x is None else _norm_of(x) for x in (intra, own))])
+
+
+def _slot(leaf: int, placements: Sequence[Placement], layout: LeafLayout) -> _Slot | None:
+    """The layers of a leaf that a node sees, None if they differ from iteration to iteration."""
+    depth = placements[0].access.use.num_source_scans
+    of_each = []
+    for placement in placements:
+        if placement.entry_scans[:depth] != tuple(range(depth)):
+            return None
+        of_each.append(placement.layers.reshape(*placement.access.use.scans[:depth], -1))
+    seen = np.concatenate(of_each, axis=-1)
+    rows = seen.reshape(-1, seen.shape[-1])
+    present = rows != ABSENT
+    if np.any(present != present[0]):
+        return None
+    rows = rows[:, present[0]]
+    moved = rows[:, :1] - rows[:1, :1]
+    if np.any(rows - moved != rows[:1]):
+        return None
+    first = np.unique(rows[0])
+    in_node = [_in_node(placement, layout, depth, first) for placement in placements]
+    layer_shape = (len(first),) if len(first) > 1 else ()
+    assembly = Assembly(in_node, layer_shape, layout.matrix_shape)
+    return _Slot(leaf, (first + moved).reshape(*seen.shape[:-1], -1), assembly, View())
+
+
+def _in_node(placement: Placement, layout: LeafLayout, depth: int, layers: np.ndarray) -> Placement:
+    """A placement as it is inside of the outermost scans, in an order of the layers there."""
+    access = placement.access
+    sources = tuple(s._replace(num_scans=s.num_scans - depth) for s in access.use.sources)
+    use = dataclasses.replace(access.use, scans=access.use.scans[depth:], sources=sources)
+    piece = dataclasses.replace(access.piece, offsets=access.piece.offsets[(0,) * depth])
+    inside = place(dataclasses.replace(access, use=use, piece=piece), layout)
+    numbers = np.where(inside.layers == ABSENT, ABSENT, np.searchsorted(layers, inside.layers))
+    return dataclasses.replace(inside, layers=numbers)
+
+
+def _together(of_nodes: Sequence[tuple[_Slot, Array]], total: Array) -> Array:
+    """What all nodes add to one leaf's total."""
+    slots, parts = zip(*of_nodes, strict=True)
+    if slots[0].layers is None:
+        return functools.reduce(jnp.add, parts)
+    layers = [part.reshape(-1, *total.shape[-2:]) for part in parts]
+    joined = layers[0] if len(layers) == 1 else jnp.concatenate(layers)
+    num_layers = math.prod(total.shape[:-2])
+    place_of = np.full(num_layers, len(joined))
+    place_of[np.concatenate([slot.layers.ravel() for slot in slots])] = np.arange(len(joined))
+    if len(joined) < num_layers:
+        joined = jnp.concatenate([joined, jnp.zeros_like(joined[:1])])
+    in_order = np.array_equal(place_of, np.arange(num_layers))
+    return (joined if in_order else joined[place_of]).reshape(total.shape)

@@ -111,8 +111,8 @@ class Intra:
         """What spans the dominant subspaces of each leaf's inputs and output gradients.
 
         Args:
-          factors: of each leaf. Leaves with the same arrays `inputs` and `in_loss` share the
-            directions of their inputs.
+          factors: of each leaf. Leaves with the same `input_group` share the directions of their
+            inputs.
           start: of the subspace iteration.
 
         Returns:
@@ -124,7 +124,7 @@ class Intra:
             inputs, output_grads = leaf.rows("inputs"), leaf.rows("output_grads")
             in_loss = leaf.tokens_in_loss().reshape(inputs.shape[:-1])
             own = (len(keys),)
-            shared = own if leaf.in_loss is None else (id(leaf.inputs), id(leaf.in_loss))
+            shared = own if leaf.input_group is None else leaf.input_group
             rank, layers = self.rank_of(leaf), leaf.layer_shape
             of_inputs = rank, inputs.shape[-1], layers, "inputs", shared
             of_grads = rank, output_grads.shape[-1], layers, "output_grads", own

@@ -140,6 +140,15 @@ def unit_products(scores: ScoreLeaf, layers: jax.Array) -> UnitProducts:
       scores: of a leaf.
       layers: G, in the scores' layout.
     """
+    gram, dots = scores.gram(), scores.dots(layers)
+    squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    are_moderate = (squares > 1e-16) & (squares < 1e16)
+    dots_are = (jnp.abs(dots) > 1e-18) & (jnp.abs(dots) < 1e18)
+    ones = jnp.ones_like(squares)
+    one = jnp.ones_like(squares, wide_dtype(layers.dtype), shape=squares.shape[:-1])
+
+    def as_they_are() -> tuple[jax.Array, ...]:
+        return gram, dots, ones, one
 
     def rescaled() -> tuple[jax.Array, ...]:
         moderate, sizes = scores.rescaled()
@@ -147,15 +156,14 @@ def unit_products(scores: ScoreLeaf, layers: jax.Array) -> UnitProducts:
         of_moderate = moderate.dots(_times(wide(layers), 1 / size))
         return moderate.gram(), of_moderate, jnp.moveaxis(sizes, 0, -1), size
 
-    gram, dots = scores.gram(), scores.dots(layers)
-    squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
-    are_moderate = (squares > 1e-16) & (squares < 1e16)
-    are_moderate &= (jnp.abs(dots) > 1e-18) & (jnp.abs(dots) < 1e18)
-    ones = jnp.ones_like(squares)
-    one = jnp.ones_like(squares, wide_dtype(layers.dtype), shape=squares.shape[:-1])
-    gram, dots, sizes, size = jax.lax.cond(
-        jnp.all(are_moderate), lambda: (gram, dots, ones, one), rescaled
-    )
+    def looked_at() -> tuple[jax.Array, ...]:
+        """Products of zero scores, or with a G of zero, are right as they are."""
+        largest = _sqrt(squares) * _size(layers, scores.num_layer_axes)[..., None]
+        are_right = are_moderate & (largest > 1e-18) & (largest < 1e18)
+        are_right |= jnp.moveaxis(scores.are_zero(), 0, -1)
+        return jax.lax.cond(jnp.all(are_right), as_they_are, rescaled)
+
+    gram, dots, sizes, size = jax.lax.cond(jnp.all(are_moderate & dots_are), as_they_are, looked_at)
     norms = _sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
     to_unit = _to_unit(norms)
     unit_gram = gram * to_unit[..., :, None] * to_unit[..., None, :]

@@ -150,6 +150,15 @@ class ScoreLeaf:
         """Every sequence's scores times a (b, *layers) factor."""
         raise NotImplementedError
 
+    def are_zero(self) -> Array:
+        """(b, *layers) bool, which scores are known to be zero from what they are held as."""
+        raise NotImplementedError
+
+    def counted(self, coefficients: Array) -> Array:
+        """(b,) coefficients, zero for sequences whose scores are zero here: even NaN has no say."""
+        layers = tuple(range(1, 1 + self.num_layer_axes))
+        return jnp.where(jnp.all(self.are_zero(), axis=layers), 0, coefficients)
+
     @property
     def batch_size(self) -> int:
         """b, the number of sequences."""
@@ -258,11 +267,14 @@ class DenseScores(ScoreLeaf):
     def times(self, factor: Array) -> DenseScores:
         return dataclasses.replace(self, values=self._scale("values", factor))
 
+    def are_zero(self) -> Array:
+        return self._max_abs("values") == 0
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["inputs", "output_grads", "in_loss", "formed"],
-    meta_fields=["num_layer_axes", "view", "dtype", "layout"],
+    meta_fields=["num_layer_axes", "view", "dtype", "layout", "input_group"],
 )
 @dataclasses.dataclass(frozen=True)
 class LayerFactors(ScoreLeaf):
@@ -284,6 +296,9 @@ class LayerFactors(ScoreLeaf):
       formed: the dense scores, where `sequence_scores` has made them already: on a mesh, where that
         costs less than pairs of tokens. It must be what the factors give: if you change these, as
         by `dataclasses.replace`, give None for it.
+      input_group: leaves of one tree of scores with the same number here have the same `inputs` and
+        `in_loss`, so that `project_intra` need not find the same subspace twice. Default: None,
+        nothing is known; give that if you change them.
     """
 
     inputs: Array
@@ -294,6 +309,7 @@ class LayerFactors(ScoreLeaf):
     in_loss: Array | None = None
     layout: Layout | None = None
     formed: DenseScores | None = None
+    input_group: int | None = None
     arrays = ("inputs", "output_grads")
 
     def _one_layer_shape(self) -> tuple[int, ...]:
@@ -379,6 +395,11 @@ class LayerFactors(ScoreLeaf):
         scaled = self._scale("output_grads", factor)
         return dataclasses.replace(self, output_grads=scaled, formed=None)
 
+    def are_zero(self) -> Array:
+        present = [jnp.any(getattr(self, name) != 0, axis=-1) for name in self.arrays]
+        tokens = tuple(range(1 + self.num_layer_axes, present[0].ndim))
+        return ~jnp.any(present[0] & present[1], axis=tokens)
+
 
 def _gram_by_columns(scores: LookupFactors | SumScores) -> Array:
     """Inner products from `dots` and `weighted_sum`, one leaf-sized array at a time."""
@@ -449,6 +470,9 @@ class LookupFactors(ScoreLeaf):
     def times(self, factor: Array) -> LookupFactors:
         return dataclasses.replace(self, output_grads=self._scale("output_grads", factor))
 
+    def are_zero(self) -> Array:
+        return self._max_abs("output_grads") == 0
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
@@ -503,6 +527,9 @@ class SumScores(ScoreLeaf):
 
     def times(self, factor: Array) -> SumScores:
         return SumScores(tuple(part.times(factor) for part in self.parts))
+
+    def are_zero(self) -> Array:
+        return functools.reduce(jnp.logical_and, [part.are_zero() for part in self.parts])
 
 
 def is_score_leaf(x: Any) -> bool:
@@ -747,7 +774,8 @@ def weighted_sum(scores: Any, coefficients: Array) -> Any:
       scores: pytree of score leaves or (b, *leaf.shape) arrays, as from `sequence_scores`. None
         stays None.
       coefficients: (b,), c_i, the weight of sequence i in the loss gradient, e.g. −A_i / (response
-        tokens in the mini-batch).
+        tokens in the mini-batch). That of a sequence whose scores are zero, as one without response
+        tokens, has no say, even if it is NaN.
 
     Returns:
       A pytree shaped and typed like the parameters. The sums are taken in float32.
@@ -777,7 +805,8 @@ def weighted_sum(scores: Any, coefficients: Array) -> Any:
             )
 
         def total(leaf: ScoreLeaf, coefficients: Array) -> Array:
-            total = leaf.view.invert(leaf.compact().weighted_sum(coefficients))
+            counted = leaf.counted(coefficients)
+            total = leaf.view.invert(leaf.compact().weighted_sum(counted))
             return total.astype(gradient_dtype(leaf))
 
         return automatic(total, _gradient_spec(leaf), leaf, coefficients)

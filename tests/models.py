@@ -210,30 +210,6 @@ def low_rank(p, h):
     return h @ p["a"] @ p["b"]
 
 
-@plain(w=SQUARE)
-def kernel_scaled(p, h):
-    return h @ (0.5 * p["w"])
-
-
-@plain(w=SQUARE)
-def kernel_sliced(p, h):
-    return h[:, :2] @ p["w"][:2]
-
-
-@plain(w=STACK)
-def stack_indexed(p, h):
-    for i in range(LAYERS):
-        h = jnp.tanh(h @ p["w"][i])
-    return h
-
-
-@plain(w=(3, WIDTH, WIDTH))
-def convolution(p, h):
-    return jax.lax.conv_general_dilated(
-        h[None], p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
-    )[0]
-
-
 @plain(unused=(3,))
 def unused(p, h):
     return jnp.tanh(h)
@@ -263,6 +239,284 @@ def kernel_used_and_returned_in_turn():
         return value + 0 * total
 
     return Model(logprob_fn, kernels(w=(1, 1)), microbatch())
+
+
+# Plain JAX: parts of parameters, and parameters in parts.
+
+
+@plain(w=STACK)
+def stack_indexed(p, h):
+    for i in range(LAYERS):
+        h = jnp.tanh(h @ p["w"][i])
+    return h
+
+
+@plain(w=STACK)
+def stack_indexed_otherwise(p, h):
+    """By every other function that reads one slice at a number known when it is traced."""
+    h = jnp.tanh(h @ jnp.take(p["w"], 1, axis=0))
+    h = jnp.tanh(h @ p["w"][jnp.asarray(-1)])
+    return jnp.tanh(h @ jax.lax.dynamic_index_in_dim(p["w"], 0, keepdims=False))
+
+
+@plain(w=(2, LAYERS, WIDTH, WIDTH))
+def stack_with_two_axes_indexed(p, h):
+    return jnp.tanh(h @ p["w"][1, 0]) @ p["w"][0, jnp.asarray(2)]
+
+
+@plain(w=STACK)
+def stack_unstacked(p, h):
+    first, second, third = jnp.unstack(p["w"])
+    return jnp.tanh(h @ second) @ third + jnp.tanh(h[:2] @ first).sum(0)
+
+
+@plain(w=STACK)
+def stack_in_another_order(p, h):
+    return jax.lax.scan(scanned_matmul, h, p["w"][jnp.array([2, 0, 1])])[0]
+
+
+@plain(w=STACK)
+def stack_in_a_loop(p, h):
+    return jax.lax.fori_loop(0, LAYERS, lambda i, h: jnp.tanh(h @ p["w"][i]), h)
+
+
+@plain(w=(2, WIDTH, WIDTH))
+def stack_in_a_loop_in_turn(p, h):
+    """Two layers take turns, backwards, in a loop that counts down by itself."""
+
+    def step(carry, _):
+        h, i = carry
+        w = jax.lax.dynamic_index_in_dim(p["w"], i % 2, keepdims=False)
+        return (jnp.tanh(h @ w), i - 1), None
+
+    return jax.lax.scan(jax.checkpoint(step), (h, 4), length=5)[0][0]
+
+
+@plain(w=STACK, s=(LAYERS, WIDTH))
+def stack_by_scanned_numbers(p, h):
+    def step(h, i):
+        return jnp.tanh(h @ p["w"][i] * p["s"][i]), None
+
+    return jax.lax.scan(step, h, jnp.arange(LAYERS), reverse=True)[0]
+
+
+@plain(w=STACK)
+def stack_by_numbers_from_the_data(p, h):
+    numbers = jnp.argsort(h[:LAYERS, 0])
+    return jax.lax.scan(lambda h, i: (jnp.tanh(h @ p["w"][i]), None), h, numbers)[0]
+
+
+@plain(w=STACK, b=(LAYERS, WIDTH))
+def experts_by_token(p, h):
+    expert = jnp.argmax(h[:, :LAYERS], axis=-1)
+    return jnp.einsum("ti,tio->to", h, p["w"][expert]) + p["b"][expert]
+
+
+@plain(w=STACK)
+def experts_in_a_loop(p, h):
+    gates = jax.nn.softmax(h[:, :LAYERS])
+    return sum(gates[:, i, None] * jnp.tanh(h @ p["w"][i]) for i in range(LAYERS))
+
+
+@plain(w=STACK)
+def experts_in_a_scan(p, h):
+    gates = jax.nn.softmax(h[:, :LAYERS]).T
+
+    def add(total, inputs):
+        gate, w = inputs
+        return total + gate[:, None] * jnp.tanh(h @ w), None
+
+    return jax.lax.scan(jax.checkpoint(add), jnp.zeros_like(h), (gates, p["w"]))[0]
+
+
+@plain(w=(LAYERS, WIDTH))
+def vectors_indexed(p, h):
+    return sum(jnp.tanh(h * p["w"][i]) for i in range(LAYERS))
+
+
+@plain(w=(LAYERS,))
+def scalars_indexed(p, h):
+    return sum(jnp.tanh(h * p["w"][i]) for i in range(LAYERS))
+
+
+@plain(w=(WIDTH, 3 * WIDTH))
+def kernel_split(p, h):
+    query, key, value = jnp.split(p["w"], 3, axis=1)
+    return jnp.tanh(h @ query) * jnp.tanh(h @ key) + h @ value
+
+
+@plain(w=(WIDTH, 2 * WIDTH))
+def kernel_split_for_two_inputs(p, h):
+    return jnp.tanh(h @ p["w"][:, :WIDTH]) @ p["w"][:, WIDTH:]
+
+
+@plain(w=(WIDTH, 2 * WIDTH))
+def kernel_interleaved(p, h):
+    return jnp.tanh(h @ p["w"][:, ::2]) * (h @ p["w"][:, 1::2])
+
+
+@plain(w=SQUARE)
+def kernel_sliced(p, h):
+    return h[:, :2] @ p["w"][:2]
+
+
+@plain(w=SQUARE)
+def kernel_reversed(p, h):
+    return jnp.tanh(h @ p["w"][::-1]) @ jnp.flip(p["w"])
+
+
+@plain(q=(WIDTH, 3), k=(WIDTH, 1))
+def kernels_concatenated(p, h):
+    return jnp.tanh(h @ jnp.concatenate([p["q"], jnp.ones((WIDTH, 1)), p["k"]], axis=1))[:, 1:] @ (
+        jnp.concatenate([p["q"], p["k"]], axis=1)
+    )
+
+
+@plain(q=(3, WIDTH), k=(1, WIDTH))
+def kernels_concatenated_along_rows(p, h):
+    return h @ jnp.concatenate([p["k"], p["q"]])
+
+
+@plain(q=SQUARE, k=SQUARE, v=SQUARE)
+def kernels_stacked(p, h):
+    return jax.lax.scan(scanned_matmul, h, jnp.stack([p["q"], p["k"], p["v"]]))[0]
+
+
+@plain(q=SQUARE, k=SQUARE)
+def kernels_stacked_for_one_product(p, h):
+    q, k = jnp.einsum("ti,sio->sto", h, jnp.stack([p["q"], p["k"]]))
+    return jnp.tanh(q) * k
+
+
+@plain(w=(WIDTH, 3))
+def kernel_padded(p, h):
+    return h @ jnp.pad(p["w"], ((0, 0), (0, 1)))
+
+
+@plain(w=SQUARE)
+def kernel_scaled(p, h):
+    return jnp.tanh(h @ (0.5 * p["w"])) @ (-p["w"] / 3)
+
+
+@plain(w=SQUARE, v=SQUARE)
+def kernels_added(p, h):
+    return h @ (p["w"] - 2 * p["v"])
+
+
+@plain(w=SQUARE)
+def kernel_behind_a_barrier(p, h):
+    w, _ = jax.lax.optimization_barrier((p["w"], h))
+    return h @ jax.lax.reduce_precision(w, 8, 10)
+
+
+@plain(w=(WIDTH * WIDTH,))
+def kernel_kept_flat(p, h):
+    return h @ p["w"].reshape(WIDTH, WIDTH)
+
+
+@plain(w=(LAYERS * WIDTH, WIDTH))
+def stack_kept_flat(p, h):
+    return jax.lax.scan(scanned_matmul, h, p["w"].reshape(STACK))[0]
+
+
+@plain(w=SQUARE)
+def kernel_for_each_group(p, h):
+    """The same kernel for two groups of tokens, as a batch that it is broadcast to."""
+    groups = h.reshape(2, TOKENS // 2, WIDTH)
+    kernels = jnp.broadcast_to(p["w"], (2, *SQUARE))
+    return jnp.einsum("gti,gio->gto", groups, kernels).reshape(h.shape)
+
+
+@plain(w=(1, WIDTH, WIDTH))
+def pointwise_convolution(p, h):
+    return jax.lax.conv_general_dilated(
+        h[None], p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )[0]
+
+
+@plain(w=(WIDTH, WIDTH, 1, 1))
+def pointwise_convolution_of_planes(p, h):
+    planes = h.T.reshape(1, WIDTH, 2, TOKENS // 2)
+    return jax.lax.conv_general_dilated(planes, p["w"], (1, 1), "VALID").reshape(WIDTH, TOKENS).T
+
+
+def head_in_chunks(h, head):
+    """The log-sum-exp of the logits, a third of the vocabulary at a time."""
+    chunks = head.reshape(WIDTH, 3, VOCABULARY // 3).transpose(1, 0, 2)
+
+    def step(total, chunk):
+        return jnp.logaddexp(total, jax.nn.logsumexp(h @ chunk, axis=-1)), None
+
+    return jax.lax.scan(jax.checkpoint(step), jnp.full(len(h), -jnp.inf), chunks)[0]
+
+
+@plain(w=(WIDTH, VOCABULARY))
+def vocabulary_in_chunks(p, h):
+    return h + jnp.tanh(head_in_chunks(h, p["w"]))[:, None]
+
+
+@plain(w=(WIDTH, VOCABULARY))
+def vocabulary_in_unrolled_chunks(p, h):
+    chunks = p["w"].reshape(WIDTH, 3, VOCABULARY // 3)
+    return h + jnp.tanh(sum(jax.nn.logsumexp(h @ chunks[:, i], axis=-1) for i in range(3)))[:, None]
+
+
+@whole
+def head_read_by_its_targets():
+    """Logits of the targets from rows of the head, the log-sum-exp from the whole head."""
+
+    def logprob_fn(params, tokens):
+        hidden, head = jnp.tanh(params["embed"][tokens[:-1]] @ params["w"]), params["head"].T
+        chosen = jnp.sum(hidden * head[tokens[1:]], axis=-1)
+        return jnp.sum(chosen - jax.nn.logsumexp(hidden @ head.T, axis=-1))
+
+    params = kernels(embed=(VOCABULARY, WIDTH), w=SQUARE, head=(WIDTH, VOCABULARY))
+    return Model(logprob_fn, params, microbatch())
+
+
+@plain(w=(3, WIDTH, WIDTH))
+def convolution(p, h):
+    return jax.lax.conv_general_dilated(
+        h[None], p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )[0]
+
+
+@plain(w=(2, 3, 2, WIDTH))
+def convolution_of_planes(p, h):
+    """Strided, dilated, padded, and with axes in an unusual order."""
+    planes = h.reshape(2, TOKENS // 2, 2, 2)
+    return (
+        jax.lax.conv_general_dilated(
+            planes,
+            p["w"],
+            window_strides=(2, 1),
+            padding=((1, 1), (2, 0)),
+            lhs_dilation=(1, 2),
+            rhs_dilation=(1, 2),
+            dimension_numbers=("HWNC", "HWIO", "NCWH"),
+        )
+        .reshape(-1)[: h.size]
+        .reshape(h.shape)
+    )
+
+
+@plain(v=(3, WIDTH, WIDTH), g=(WIDTH,))
+def convolution_with_a_computed_kernel(p, h):
+    return jax.lax.conv_general_dilated(
+        h[None], p["v"] * p["g"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )[0]
+
+
+@plain(w=(3, 1, WIDTH))
+def depthwise_convolution(p, h):
+    return jax.lax.conv_general_dilated(
+        h[None],
+        p["w"],
+        (1,),
+        "SAME",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=WIDTH,
+    )[0]
 
 
 # Plain JAX: lookups.
@@ -305,6 +559,29 @@ def tables_of_layers():
 
     layers = kernels(table=(LAYERS, VOCABULARY, WIDTH), w=STACK)
     params = {**kernels(head=(WIDTH, VOCABULARY)), "layers": layers}
+    return Model(logprob_fn, params, microbatch())
+
+
+@whole
+def tables_read_otherwise():
+    """Row by row under `jax.vmap` and in a scan, in parts, scaled, by columns, and by kernels."""
+
+    def logprob_fn(params, tokens):
+        read = tokens[:-1]
+        hidden = jax.vmap(lambda i: params["mapped"][i])(read)
+        hidden = hidden + jax.lax.map(lambda i: params["scanned"][i], read)
+        rows = jnp.concatenate([params["old"], params["new"]])
+        hidden = hidden + rows[read] + 2 * (params["scaled"] * 0.25)[read]
+        hidden = hidden + params["wide"][read].reshape(TOKENS, -1)[:, :WIDTH]
+        hidden = hidden + jnp.take(params["columns"], read, axis=1).T
+        hidden = hidden + jax.vmap(lambda i: params["last"][:, i])(read)
+        return logprob(jnp.tanh(hidden) @ params["head"], tokens[1:])
+
+    table = (VOCABULARY, WIDTH)
+    tables = dict.fromkeys(("mapped", "scanned", "scaled"), table)
+    others = {"wide": (VOCABULARY, 2, WIDTH), "columns": table[::-1], "last": table[::-1]}
+    parts = {"old": (VOCABULARY - 2, WIDTH), "new": (2, WIDTH)}
+    params = kernels(**tables, **others, **parts, head=(WIDTH, VOCABULARY))
     return Model(logprob_fn, params, microbatch())
 
 

@@ -14,18 +14,19 @@ from proma_jax import (
     DenseScores,
     LayerFactors,
     LookupFactors,
-    _jaxpr,
-    capture,
     check_scores,
     describe_scores,
     sequence_scores,
     weighted_sum,
 )
+from proma_jax.capture import _jaxpr, _moves, _operations
+from proma_jax.capture.factors import Assembly
 from proma_jax.scores import is_score_leaf
 from tests.models import BATCH, LAYERS, MODELS, TOKENS, WIDTH, Model, kernels, twins
 
 COEFFICIENTS = np.array([1.0, -2.0, 3.0, -0.5])
 NARROW = {
+    "kernel_behind_a_barrier",
     "kernel_cast",
     "product_of_another_type",
     "bfloat16_parameters",
@@ -65,12 +66,54 @@ EXPECTED = {
     "outputs_dropped": {"w": TWICE},
     "kernel_used_twice": {"w": TWICE},
     "kernel_used_both_ways": {"w": f"{SQUARE}; {SQUARE}"},
+    "stack_indexed": {"w": STACK},
+    "stack_indexed_otherwise": {"w": STACK},
+    "stack_with_two_axes_indexed": {"w": "6 layers, 6 tokens, 4 -> 4"},
+    "stack_unstacked": {"w": "3 layers, 8 tokens, 4 -> 4"},
+    "stack_in_another_order": {"w": STACK},
+    "stack_in_a_loop": {"w": STACK},
+    "stack_in_a_loop_in_turn": {"w": "2 layers, 18 tokens, 4 -> 4"},
+    "stack_by_scanned_numbers": {"w": STACK, "s": "dense, 3 layers"},
+    "stack_by_numbers_from_the_data": {"w": "dense, 3 layers"},
+    "experts_by_token": {"w": "dense, 3 layers", "b": "6 tokens, 3 rows of 4"},
+    "experts_in_a_loop": {"w": STACK},
+    "experts_in_a_scan": {"w": STACK},
+    "vectors_indexed": {"w": "dense, 3 layers"},
+    "kernel_split": {"w": "6 tokens, 4 -> 12"},
+    "kernel_split_for_two_inputs": {"w": "12 tokens, 4 -> 8"},
+    "kernel_interleaved": {"w": "6 tokens, 4 -> 8"},
+    "kernel_sliced": {"w": SQUARE},
+    "kernel_reversed": {"w": TWICE},
+    "kernels_concatenated": {"q": "12 tokens, 4 -> 3", "k": "12 tokens, 4 -> 1"},
+    "kernels_concatenated_along_rows": {"q": "6 tokens, 3 -> 4", "k": "6 tokens, 1 -> 4"},
+    "kernels_stacked": dict.fromkeys("qkv", SQUARE),
+    "kernels_stacked_for_one_product": dict.fromkeys("qk", SQUARE),
+    "kernel_padded": {"w": "6 tokens, 4 -> 3"},
+    "kernel_scaled": {"w": TWICE},
+    "kernels_added": {"w": SQUARE, "v": SQUARE},
+    "kernel_behind_a_barrier": {"w": SQUARE},
+    "kernel_kept_flat": {"w": SQUARE},
+    "stack_kept_flat": {"w": STACK},
+    "kernel_for_each_group": {"w": SQUARE},
+    "pointwise_convolution": {"w": SQUARE},
+    "pointwise_convolution_of_planes": {"w": SQUARE},
+    "vocabulary_in_chunks": {"w": "6 tokens, 4 -> 9"},
+    "vocabulary_in_unrolled_chunks": {"w": "6 tokens, 4 -> 9"},
+    "head_read_by_its_targets": {"w": SQUARE, "head": f"{LOOKUP}; 6 tokens, 4 -> 9"},
     "tied_embedding": {"embed": f"{LOOKUP}; 6 tokens, 4 -> 9", "w": SQUARE},
     "low_rank": {"a": "6 tokens, 4 -> 2", "b": "6 tokens, 2 -> 4"},
     "lookups": {
         **dict.fromkeys(("clip", "fill", "promised", "taken"), LOOKUP),
         "wide": "6 tokens, 9 rows of 8",
         "scalars": "6 tokens, 9 rows of 1",
+        "columns": LOOKUP,
+        "one_row": "1 token, 9 rows of 4",
+    },
+    "tables_read_otherwise": {
+        **dict.fromkeys(("mapped", "scanned", "scaled", "columns", "last"), LOOKUP),
+        "old": "6 tokens, 7 rows of 4",
+        "new": "6 tokens, 2 rows of 4",
+        "wide": "6 tokens, 9 rows of 8",
     },
     "tables_of_layers": {"layers/table": f"3 layers, {LOOKUP}", "layers/w": STACK},
     "jit": {"w": SQUARE},
@@ -82,7 +125,7 @@ EXPECTED = {
     "scan": SCANNED,
     "scan_backwards_and_unrolled": SCANNED,
     "scan_of_checkpoints": SCANNED,
-    "scan_of_one": {"w": "1 layer, 6 tokens, 4 -> 4", "b": "dense, 1 layer"},
+    "scan_of_one": {"w": SQUARE},
     "scan_in_a_scan": {"w": "6 layers, 6 tokens, 4 -> 4", "b": "dense, 6 layers"},
     "scan_in_a_scan_transposed": {"w": "6 layers, 6 tokens, 4 -> 4", "b": "dense, 6 layers"},
     "scan_over_a_reshaped_stack": {"w": "6 layers, 6 tokens, 4 -> 4"},
@@ -92,10 +135,14 @@ EXPECTED = {
     "kernel_carried": {"w": "18 tokens, 4 -> 4"},
     "scan_returns_its_parameters": {"w": STACK_TWICE},
     "scan_returns_its_parameters_transposed": {"w": STACK},
+    "two_scans_of_which_one_transposes": {"w": "dense, 3 layers"},
+    "scan_returns_and_uses_its_parameters_transposed": {"w": "dense, 3 layers"},
+    "scan_stacks_a_kernel": {"w": "18 tokens, 4 -> 4"},
     "last_layer_of_a_scan": {"w": "dense, 3 layers"},
     "fori_loop": {"w": TWICE},
     "cond": {"v": SQUARE},
     "while_loop_on_the_side": {"w": SQUARE},
+    "stopped_gradient": {"w": SQUARE},
     "custom_vjp": {"v": SQUARE},
     "custom_jvp": {"v": SQUARE},
     "vmapped_heads": {"w": SQUARE},
@@ -144,25 +191,27 @@ EXPECTED = {
 }
 
 
-def first(microbatch):
-    return jax.tree.map(lambda x: x[0], microbatch)
+def described(model):
+    """The rows of `describe_scores`: (leaf, shape, scores, projected by, why) of each leaf."""
+    table = describe_scores(model.logprob_fn, model.params, model.microbatch).splitlines()
+    return [re.split("  +", line) for line in table[1 : 1 + len(jax.tree.leaves(model.params))]]
 
 
 def summary(model):
     """How `describe_scores` describes each leaf, save why a leaf is dense."""
-    table = describe_scores(model.logprob_fn, model.params, first(model.microbatch))
     found = {}
     leaves = jax.tree_util.tree_leaves_with_path(model.params)
-    for (path, _), line in zip(leaves, table.splitlines()[1:], strict=True):
+    for (path, _), (_, _, kind, by, why) in zip(leaves, described(model), strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         name = re.sub(r"^(layer/)*|/value$", "", name)
-        _, _, kind, why = re.split("  +", line)
         kinds = ["LookupFactors" if "rows" in use else "LayerFactors" for use in why.split(";")]
         if kind == "DenseScores":
             layers = re.search(r", \d+ layers?$", why)
             found[name] = "dense" + (layers[0] if layers else "")
+            assert by == "accumulation"
         else:
             assert kind == " + ".join(kinds)
+            assert by == ("accumulation, intra" if kind == "LayerFactors" else "neither")
             found[name] = why
     return found
 
@@ -225,10 +274,13 @@ def test_scores_are_those_of_jax_grad_in_float64(name):
         assert_equal_but_for_rounding(actual, expected, 1e-13)
 
 
-@pytest.mark.parametrize("reader", ["body", "reinterpret", "matmul", "lookup"])
-def test_what_is_not_recognised_is_dense_and_right(reader, monkeypatch):
-    monkeypatch.setattr(_jaxpr, reader, lambda *args: None)
-    for name in ("scan_of_checkpoints", "kernel_transposed", "tied_embedding"):
+@pytest.mark.parametrize(
+    ("module", "reader"),
+    [(_jaxpr, "body"), (_moves, "moved"), (_operations, "matmul"), (_operations, "lookup")],
+)
+def test_what_is_not_recognised_is_dense_and_right(module, reader, monkeypatch):
+    monkeypatch.setattr(module, reader, lambda *args: None)
+    for name in ("scan_of_checkpoints", "kernel_transposed", "tied_embedding", "stack_in_a_loop"):
         actual, expected, _ = everything(MODELS[name]())
         assert_equal_but_for_rounding(actual, expected, 1e-5)
     expected = {"body": "dense", "matmul": "dense, 3 layers"}.get(reader, STACK)
@@ -297,8 +349,8 @@ def test_aux_comes_with_the_log_probabilities():
     chex.assert_trees_all_equal(
         aux, {"w": jnp.stack([model.params["w"]] * 4), "last": model.microbatch[:, -1], "n": None}
     )
-    table = describe_scores(logprob_fn, model.params, model.microbatch[0], has_aux=True)
-    assert table == describe_scores(model.logprob_fn, model.params, model.microbatch[0])
+    table = describe_scores(logprob_fn, model.params, model.microbatch, has_aux=True)
+    assert table == describe_scores(model.logprob_fn, model.params, model.microbatch)
     check_scores(logprob_fn, model.params, model.microbatch, has_aux=True)
 
 
@@ -455,7 +507,8 @@ def test_equal_inputs_are_stored_once():
 
     stack = (LAYERS, WIDTH, WIDTH)
     params, x = kernels(q=stack, k=stack, v=stack), jnp.ones((BATCH, TOKENS, WIDTH))
-    jaxpr = jax.make_jaxpr(sequence_scores(logprob_fn))(params, x).jaxpr
+    (jitted,) = jax.make_jaxpr(sequence_scores(logprob_fn))(params, x).jaxpr.eqns
+    jaxpr = _jaxpr.body(jitted).jaxpr
     (backward,) = (e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["reverse"])
     factors = [v for v in backward.outvars if v.aval.shape == (LAYERS, BATCH, TOKENS, WIDTH)]
     assert len(factors) == 4  # h, and the output gradients of q, k and v
@@ -466,20 +519,39 @@ def test_equal_inputs_are_stored_once():
 
 def test_description_of_abstract_values():
     model = MODELS["scan"]()
-    params, tokens = jax.eval_shape(lambda: (model.params, model.microbatch[0]))
-    assert describe_scores(model.logprob_fn, params, tokens) == (
-        "leaf            shape      scores         why\n"
-        "['embed']       (9, 4)     LookupFactors  6 tokens, 9 rows of 4\n"
-        "['head']        (4, 9)     LayerFactors   6 tokens, 4 -> 9\n"
-        "['layer']['b']  (3, 4)     DenseScores    used by add, 3 layers\n"
-        "['layer']['w']  (3, 4, 4)  LayerFactors   3 layers, 6 tokens, 4 -> 4"
+    abstract = jax.eval_shape(lambda: (model.params, model.microbatch))
+    assert describe_scores(model.logprob_fn, *abstract) == (
+        "leaf            shape      scores         projected by         why\n"
+        "['embed']       (9, 4)     LookupFactors  neither              6 tokens, 9 rows of 4\n"
+        "['head']        (4, 9)     LayerFactors   accumulation, intra  6 tokens, 4 -> 9\n"
+        "['layer']['b']  (3, 4)     DenseScores    accumulation         used by add, 3 layers\n"
+        "['layer']['w']  (3, 4, 4)  LayerFactors   accumulation, intra  3 layers, 6 tokens, 4 -> "
+        "4\n"
+        "Not projected unless accumulate(..., mask=...) is True for it: ['embed']. Tables that are "
+        "looked up are not by default, be they embeddings, tied embeddings, or heads that are read "
+        "by their targets."
     )
-    tied = MODELS["tied_embedding"]()
-    assert "LookupFactors + LayerFactors" in describe_scores(
-        tied.logprob_fn, tied.params, tied.microbatch[0]
-    )
-    alone = describe_scores(lambda w, x: x @ w, jnp.ones(3), jnp.ones(3))
-    assert alone.splitlines()[1] == "(root)  (3,)   LayerFactors  1 token, 3 -> 1"
+    alone = describe_scores(lambda w, x: x @ w, jnp.ones(3), jnp.ones((2, 3))).splitlines()
+    assert alone[1:] == ["(root)  (3,)   LayerFactors  accumulation, intra  1 token, 3 -> 1"]
+
+
+@pytest.mark.parametrize("name", ["tied_embedding", "head_read_by_its_targets"])
+def test_a_table_with_lookups_and_products_is_said_to_need_a_mask(name):
+    model, leaf = MODELS[name](), {"tied_embedding": "embed"}.get(name, "head")
+    row = next(row for row in described(model) if row[0] == f"['{leaf}']")
+    assert row[2:4] == ["LookupFactors + LayerFactors", "neither"]
+    table = describe_scores(model.logprob_fn, model.params, model.microbatch)
+    assert re.search(rf"Not projected unless accumulate.*mask.*\['{leaf}'\]", table)
+
+
+def test_large_dense_scores_are_described_with_their_size():
+    def logprob_fn(w, x):
+        return jnp.sum(x @ (w @ w))
+
+    for width, size in [(500, ""), (2000, "; 128.0 MB for 8 sequences")]:
+        w = jax.ShapeDtypeStruct((width, width), jnp.float32)
+        table = describe_scores(logprob_fn, w, jax.ShapeDtypeStruct((8, 3, width), jnp.float32))
+        assert table.endswith(f"used by dot_general{size}")
 
 
 @pytest.mark.parametrize(
@@ -496,13 +568,13 @@ def test_check_passes(name):
 
 def test_check_names_the_leaf_whose_scores_are_wrong(monkeypatch):
     model = MODELS["mlp"]()
-    factors = capture.Use.factors
+    right = Assembly.grads
 
-    def wrong(self, data, output_grads):
-        data, output_grads = factors(self, data, output_grads)
-        return data, output_grads * (1.01 if output_grads.shape[-1] == 9 else 1)
+    def wrong(self, reported):
+        factor = 1.01 if self.matrix_shape == (4, 9) else 1
+        return [factor * grads for grads in right(self, reported)]
 
-    monkeypatch.setattr(capture.Use, "factors", wrong)
+    monkeypatch.setattr(Assembly, "grads", wrong)
     with pytest.raises(ValueError, match=r"rtol=0.0001: \['head'\] by 1.0e-02\.$"):
         check_scores(*model)
     assert check_scores(*model, rtol=0.1)["['head']"] == pytest.approx(0.01, rel=1e-3)
@@ -546,7 +618,7 @@ def total(params, x):
             r"must return \(scalar, aux\)",
         ),
         (
-            lambda: describe_scores(lambda p, x: (p * x, x), 1.0, jnp.ones(2), has_aux=True),
+            lambda: describe_scores(lambda p, x: (p * x, x), 1.0, jnp.ones((2, 3)), has_aux=True),
             "floating point scalar",
         ),
     ],
@@ -568,4 +640,4 @@ def callback(params, x):
 def test_what_has_no_gradient_is_said_to_have_none(logprob_fn):
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         sequence_scores(logprob_fn)(jnp.ones(3), jnp.ones((2, 3)))
-    assert "differentiating logprob_fn in reverse mode" in raised.value.__notes__[0]
+    assert "differentiated in reverse mode, as by jax.grad" in raised.value.__notes__[0]

@@ -4,10 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.ad_checkpoint import checkpoint_name
 
-from proma_jax import _jaxpr
-from proma_jax.scores import View
+from proma_jax.capture import _jaxpr
 
 X = jnp.arange(12.0).reshape(3, 4) / 10
 W = jnp.arange(20.0).reshape(4, 5) / 10
@@ -17,18 +15,6 @@ STACK = jnp.arange(48.0).reshape(3, 4, 4) / 50
 def trace(fn, *args):
     """The last equation of a traced function."""
     return jax.make_jaxpr(fn)(*args).jaxpr.eqns[-1]
-
-
-def find(name, fn, *args):
-    """The only equation of this name, with the variables that go into its program."""
-
-    def search(jaxpr):
-        for eqn in jaxpr.eqns:
-            body = _jaxpr.body(eqn)
-            yield from [(eqn, jaxpr.invars)] if body is None else search(body.jaxpr)
-
-    (found,) = (x for x in search(jax.make_jaxpr(fn)(*args).jaxpr) if x[0].primitive.name == name)
-    return found
 
 
 @jax.custom_vjp
@@ -196,143 +182,6 @@ def test_one_equation_passes_jax_checks():
         chex.assert_trees_all_equal(_jaxpr.evaluate(trace(jnp.matmul, X, W), X, W), [X @ W])
     finally:
         jax.config.update("jax_enable_checks", False)
-
-
-# Layouts of parameters.
-
-
-@pytest.mark.parametrize(
-    "fn",
-    [
-        lambda w: w.T,
-        lambda w: w.reshape(2, 10),
-        lambda w: w[None],
-        lambda w: jnp.squeeze(w.reshape(1, 4, 1, 5), (0, 2)),
-        lambda w: w.astype(jnp.bfloat16),
-        lambda w: checkpoint_name(w, "name"),
-        lambda w: jax.lax.transpose(w.reshape(2, 2, 5), (2, 0, 1)),
-        lambda w: jnp.copy(w),
-    ],
-)
-def test_layout_changes_are_followed(fn):
-    layers = jnp.stack([W, W + 1, W + 2])
-    view = View()
-    for eqn in jax.make_jaxpr(fn)(W).jaxpr.eqns:
-        view = _jaxpr.reinterpret(eqn, view, (3,))
-    expected = jax.vmap(fn)(layers)
-    chex.assert_trees_all_equal(view.apply(layers).astype(expected.dtype), expected)
-    chex.assert_trees_all_equal(view.invert(view.apply(layers)), layers)
-
-
-@pytest.mark.parametrize(
-    "fn",
-    [
-        lambda w: w * 2,
-        lambda w: w[1:],
-        lambda w: w[::-1],
-        lambda w: w.astype(jnp.int32),
-        lambda w: jnp.broadcast_to(w, (2, 4, 5)),
-        lambda w: jax.lax.stop_gradient(w),
-        lambda w: jnp.concatenate([w, w]),
-    ],
-)
-def test_what_changes_more_than_the_layout_is_not(fn):
-    assert _jaxpr.reinterpret(trace(fn, W), View(), ()) is None
-
-
-@pytest.mark.parametrize(
-    ("fn", "key"),
-    [(jnp.transpose, "permutation"), (lambda w: w[None], "broadcast_dimensions")],
-)
-def test_layout_change_with_unknown_params_is_not(fn, key):
-    eqn = trace(fn, W)
-    if key in eqn.params:
-        assert _jaxpr.reinterpret(Unknown(eqn, key), View(), ()) is None
-
-
-# Uses of parameters.
-
-
-@pytest.mark.parametrize(
-    ("subscripts", "kernel", "shapes"),
-    [
-        ("ti,io->to", 1, [(3, 4), (4, 5)]),
-        ("io,ti->to", 0, [(4, 5), (3, 4)]),
-        ("bti,bio->bto", 1, [(2, 3, 4), (2, 4, 5)]),
-        ("thd,hdo->to", 1, [(3, 2, 4), (2, 4, 5)]),
-        ("ti,ihd->thd", 1, [(3, 4), (4, 2, 5)]),
-        ("stbi,bio->bsto", 1, [(6, 3, 2, 4), (2, 4, 5)]),
-    ],
-)
-def test_axes_of_a_matmul(subscripts, kernel, shapes):
-    """XᵀD, from the axes read, is the kernel's gradient in (batch, in, out) layout."""
-    operands = [jnp.sin(jnp.arange(jnp.prod(jnp.array(s)))).reshape(s) for s in shapes]
-    eqn, invars = find("dot_general", lambda *args: jnp.einsum(subscripts, *args), *operands)
-    swapped = eqn.invars[0] is invars[1]
-    operands = operands[::-1] if swapped else operands
-    kernel = 1 - kernel if swapped else kernel
-    use = _jaxpr.matmul(eqn, kernel)
-
-    def product(*operands):
-        return jnp.sin(_jaxpr.evaluate(eqn, *operands)[0])
-
-    out, pullback = jax.vjp(product, *operands)
-    output_grad = jnp.cos(_jaxpr.evaluate(eqn, *operands)[0])
-
-    def arrange(x, axes):
-        sizes = [[x.shape[i] for i in group] for group in axes]
-        products = [int(jnp.prod(jnp.array(size, int))) for size in sizes]
-        return x.transpose([i for group in axes for i in group]).reshape(products)
-
-    x = arrange(operands[1 - kernel], use.input_axes)
-    d = arrange(output_grad, use.output_axes)
-    expected = arrange(pullback(jnp.ones_like(out))[kernel], use.kernel_axes)
-    chex.assert_trees_all_close(jnp.einsum("bti,bto->bio", x, d), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_matmul_with_unknown_params_is_unknown():
-    eqn = trace(jnp.matmul, X, W)
-    assert eqn.params.keys() >= {"dimension_numbers", "precision", "preferred_element_type"}
-    assert _jaxpr.matmul(eqn, 1) is not None
-    assert _jaxpr.matmul(Unknown(eqn, "dimension_numbers"), 1) is None
-
-
-@pytest.mark.parametrize(
-    ("mode", "name"), [("clip", "clip"), ("fill", "drop"), ("promise_in_bounds", "never")]
-)
-def test_lookup_of_rows(mode, name):
-    table, indices = jnp.ones((7, 2, 3)), jnp.zeros((4, 5), jnp.int32)
-    eqn, _ = find("gather", lambda table, i: table.at[i].get(mode=mode), table, indices)
-    assert _jaxpr.lookup(eqn) == _jaxpr.Lookup(7, ((0, 1), (2, 3)), name)
-    for key in ("dimension_numbers", "slice_sizes", "mode"):
-        assert _jaxpr.lookup(Unknown(eqn, key)) is None
-
-
-@pytest.mark.parametrize(
-    "fn",
-    [
-        lambda table, i: table[:, i],
-        lambda table, i: table[i, i],
-        lambda table, i: jax.lax.gather(
-            table,
-            i[:, None],
-            jax.lax.GatherDimensionNumbers((1,), (0,), (0,)),
-            (1, 2),
-            mode="clip",
-        ),
-        lambda table, i: jax.vmap(lambda row, j: row[j])(table, i),
-    ],
-)
-def test_other_gathers_are_not_lookups(fn):
-    eqn, _ = find("gather", fn, jnp.ones((3, 3)), jnp.arange(3))
-    assert _jaxpr.lookup(eqn) is None
-
-
-def test_table_with_more_rows_than_float32_can_count_is_no_lookup():
-    table = jax.ShapeDtypeStruct((2**24 + 1, 2), jnp.float32)
-    indices = jnp.zeros(3, jnp.int32)
-    eqn, _ = find("gather", lambda table, i: table.at[i].get(mode="clip"), table, indices)
-    assert _jaxpr.lookup(eqn) is None
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float32])

@@ -1,8 +1,9 @@
-"""What the capture of scores reads from JAX's traced programs, and nothing else does.
+"""Programs inside the equations of JAX's traced programs, and how to run either again.
 
-The parameters of JAX's primitives are not a stable interface. This module alone looks at them; what
-it does not recognise it reports as such (`None`), and the capture then falls back to dense scores.
-`tests/test_jaxpr.py` pins what is relied on, at the oldest and newest supported JAX.
+The parameters of JAX's primitives are not a stable interface. The modules of this package whose
+names begin with an underscore alone look at them; what they do not recognise they report as such
+(`None`), and the capture then falls back to dense scores. `tests/capture` pins what is relied on,
+at the oldest and newest supported JAX.
 """
 
 from __future__ import annotations
@@ -18,20 +19,11 @@ import jax.api_util
 import jax.numpy as jnp
 from jax.extend import core
 
-from proma_jax.scores import View
-
 _CALLS = {"jit", "pjit", "closed_call", "core_call"}
 _REMATS = {"remat", "remat2", "checkpoint"}
-_SAME_VALUE = {
-    "convert_element_type",
-    "copy",
-    "name",
-    "reshard",
-    "sharding_constraint",
-}
 
 
-def _none_if_unknown(read: Callable[..., Any]) -> Callable[..., Any]:
+def none_if_unknown(read: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a reader of equations return None where an equation's params are not as it expects."""
 
     @functools.wraps(read)
@@ -68,7 +60,7 @@ class Body:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-@_none_if_unknown
+@none_if_unknown
 def body(eqn: core.JaxprEqn) -> Body | None:
     """The program inside a jit, remat or scan equation; None for any other or unknown layout."""
     name = eqn.primitive.name
@@ -133,16 +125,20 @@ def evaluate(eqn: core.JaxprEqn, *operands: Any) -> list[Any]:
     """The equation's outputs, with its own differentiation and batching rules intact."""
     variables = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, core.Var)))
     values = {v: x for v, x in zip(eqn.invars, operands, strict=True) if isinstance(v, core.Var)}
-    inputs = tuple(values[v] for v in variables)
-    debug_info = jax.api_util.debug_info(
+    debug_info = _debug_info(len(variables), len(eqn.outvars))
+    jaxpr = core.Jaxpr((), variables, eqn.outvars, [eqn], eqn.effects, debug_info)
+    return jax.core.eval_jaxpr(jaxpr, (), *(values[v] for v in variables))
+
+
+@functools.cache
+def _debug_info(num_inputs: int, num_outputs: int) -> Any:
+    return jax.api_util.debug_info(
         "proma_jax",
         lambda *_: None,
-        inputs,
+        (0,) * num_inputs,
         {},
-        result_paths_thunk=lambda: ("",) * len(eqn.outvars),
+        result_paths_thunk=lambda: ("",) * num_outputs,
     )
-    jaxpr = core.Jaxpr((), variables, eqn.outvars, [eqn], eqn.effects, debug_info)
-    return jax.core.eval_jaxpr(jaxpr, (), *inputs)
 
 
 def rebuild(inner: Body, fn: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
@@ -168,118 +164,6 @@ def rebuild(inner: Body, fn: Callable[..., list[Any]]) -> Callable[..., list[Any
         return [*carry, *ys]
 
     return scanned
-
-
-@_none_if_unknown
-def reinterpret(eqn: core.JaxprEqn, view: View, layers: tuple[int, ...]) -> View | None:
-    """Follows a parameter through an equation that only changes its layout or type.
-
-    Args:
-      eqn: the equation; the parameter is its first operand.
-      view: the parameter leaf read as (*layers, *operand.shape).
-      layers: sizes of the layer axes.
-
-    Returns:
-      The leaf read as (*layers, *output.shape), or None where the equation does anything else.
-    """
-    name, old = eqn.primitive.name, eqn.invars[0].aval
-    new = eqn.outvars[0].aval
-    if not jnp.issubdtype(new.dtype, jnp.floating):
-        return None
-    if name in _SAME_VALUE and old.shape == new.shape:
-        changes_mesh = not old.sharding.mesh.empty and old.sharding.mesh != new.sharding.mesh
-        return None if changes_mesh else view  # changed where jax.sharding.auto_axes begins
-    if name == "transpose":
-        count = len(layers)
-        return view.transpose([*range(count), *(count + i for i in eqn.params["permutation"])])
-    keeps_order = (
-        name == "squeeze"
-        or (name == "reshape" and eqn.params.get("dimensions") is None)
-        or (name == "broadcast_in_dim" and _only_adds_axes(eqn, old, new))
-    )
-    if keeps_order and old.size == new.size and len(eqn.invars) == 1:
-        return view.reshape((*layers, *old.shape), (*layers, *new.shape))
-    return None
-
-
-def _only_adds_axes(eqn: core.JaxprEqn, old: Any, new: Any) -> bool:
-    axes = eqn.params["broadcast_dimensions"]
-    return old.size == new.size and list(axes) == sorted(axes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Matmul:
-    """Axes of a dot_general seen as a kernel (layers, d_in, d_out) applied to tokens.
-
-    Attributes:
-      kernel: 0 or 1, which operand is the kernel.
-      kernel_axes: its batch, contracted and remaining axes.
-      input_axes: the other operand's batch, remaining (token) and contracted axes.
-      output_axes: the result's batch, token and remaining kernel axes.
-    """
-
-    kernel: int
-    kernel_axes: tuple[tuple[int, ...], ...]
-    input_axes: tuple[tuple[int, ...], ...]
-    output_axes: tuple[tuple[int, ...], ...]
-
-
-@_none_if_unknown
-def matmul(eqn: core.JaxprEqn, kernel: int) -> Matmul | None:
-    """Reads a dot_general equation whose operand number `kernel` is the parameter."""
-    contracted, batched = eqn.params["dimension_numbers"]
-    other = 1 - kernel
-    free = [
-        tuple(i for i in range(v.aval.ndim) if i not in (*contracted[side], *batched[side]))
-        for side, v in enumerate(eqn.invars)
-    ]
-    num_batch, num_lhs = len(batched[0]), len(free[0])
-    batch_out = tuple(range(num_batch))
-    lhs_out = tuple(range(num_batch, num_batch + num_lhs))
-    rhs_out = tuple(range(num_batch + num_lhs, num_batch + num_lhs + len(free[1])))
-    out = (lhs_out, rhs_out)
-    return Matmul(
-        kernel=kernel,
-        kernel_axes=(tuple(batched[kernel]), tuple(contracted[kernel]), free[kernel]),
-        input_axes=(tuple(batched[other]), free[other], tuple(contracted[other])),
-        output_axes=(batch_out, out[other], out[kernel]),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Lookup:
-    """A gather that reads whole rows of a table.
-
-    Attributes:
-      num_embeddings: rows of the table.
-      output_axes: the result's token axes and row axes.
-      out_of_bounds: "clip" (the nearest row is read), "drop" (no row is), or "never".
-    """
-
-    num_embeddings: int
-    output_axes: tuple[tuple[int, ...], ...]
-    out_of_bounds: str
-
-
-@_none_if_unknown
-def lookup(eqn: core.JaxprEqn) -> Lookup | None:
-    """Reads a gather equation on a table, its first operand; None if it is no plain row lookup."""
-    numbers, table = eqn.params["dimension_numbers"], eqn.invars[0].aval
-    mode = eqn.params["mode"]
-    modes = jax.lax.GatherScatterMode
-    names = {modes.CLIP: "clip", modes.FILL_OR_DROP: "drop", modes.PROMISE_IN_BOUNDS: "never"}
-    whole_rows = (
-        numbers.collapsed_slice_dims == (0,)
-        and numbers.start_index_map == (0,)
-        and not numbers.operand_batching_dims
-        and eqn.params["slice_sizes"] == (1, *table.shape[1:])
-    )
-    exact_as_float = table.shape[0] <= 2**24 if table.ndim else False
-    if not (whole_rows and exact_as_float and mode in names):
-        return None
-    rows = tuple(numbers.offset_dims)
-    tokens = tuple(i for i in range(eqn.outvars[0].aval.ndim) if i not in rows)
-    return Lookup(table.shape[0], (tokens, rows), names[mode])
 
 
 def is_narrow(jaxpr: core.Jaxpr) -> bool:

@@ -1,0 +1,320 @@
+"""Scores from any JAX function, in one backward pass and without touching the model.
+
+`sequence_scores(logprob_fn)` traces `logprob_fn` of one sequence, finds where each parameter is
+used, and evaluates the same program with every parameter matmul and embedding lookup tapped: a tap
+takes zero probes, and the backward pass returns the operation's inputs and output gradients as the
+probes' gradients. These factors of each sequence's score cost no more than plain backpropagation,
+and the parameter's own gradient is never formed.
+
+A parameter is followed through jit, remat and scan, and through whatever only moves or scales its
+entries: slices by any index that is known while tracing, reshapes, transpositions, casts, stacks and
+concatenations, a constant factor. What is a slice of a stack is a layer of its own. Where the trail
+is lost, the leaf gets its ordinary per-sequence gradient: a dense score, never a wrong one.
+`describe_scores` shows what each leaf got and why; `check_scores` compares with `jax.grad`.
+
+Example:
+  >>> import jax, jax.numpy as jnp
+  >>> def logprob_fn(params, tokens):
+  ...     logits = jnp.tanh(params["table"][tokens[:-1]]) @ params["head"] + params["bias"]
+  ...     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[1:, None], axis=-1)
+  ...     return jnp.sum(picked)
+  >>> params = {"table": jnp.ones((7, 4)), "head": jnp.ones((4, 7)), "bias": jnp.zeros(7)}
+  >>> microbatch = jnp.array([[1, 2, 3], [3, 4, 6]])
+  >>> logprobs, scores = sequence_scores(logprob_fn)(params, microbatch)
+  >>> *table, note = describe_scores(logprob_fn, params, microbatch).splitlines()
+  >>> for line in table:
+  ...     print(line)
+  leaf       shape   scores         projected by         why
+  ['bias']   (7,)    DenseScores    accumulation         used by add
+  ['head']   (4, 7)  LayerFactors   accumulation, intra  2 tokens, 4 -> 7
+  ['table']  (7, 4)  LookupFactors  neither              2 tokens, 7 rows of 4
+  >>> print(note[:73])
+  Not projected unless accumulate(..., mask=...) is True for it: ['table'].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from proma_jax._mesh import axis_names, specs_of_leaves, varying_like, without_batch_axes
+from proma_jax.capture import _jaxpr
+from proma_jax.capture.program import trace
+from proma_jax.scores import (
+    DenseScores,
+    LayerFactors,
+    ScoreLeaf,
+    exchanged,
+    weighted_sum,
+    with_layout,
+)
+
+Array = jax.Array
+
+
+def sequence_scores(
+    logprob_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    spmd_axis_name: str | tuple[str, ...] | None = None,
+    param_specs: Any = None,
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Makes a function that returns each sequence's log-probability and its scores.
+
+    Args:
+      logprob_fn: `logprob_fn(params, sequence) -> scalar`, the log-probability of one sequence,
+        summed over its response tokens; any differentiable JAX function. `params` is a pytree of
+        floating point arrays; `sequence` is any pytree (random keys for dropout travel in it).
+      has_aux: whether `logprob_fn` returns `(scalar, aux)`. Default False, as in `jax.grad`.
+      spmd_axis_name: as in `jax.vmap`, which maps `logprob_fn` over the sequences. Default None.
+      param_specs: PartitionSpecs of the parameters over a mesh with Auto axes, a prefix of their
+        structure; P() means whole on every device, None that it is not known. With it and
+        `spmd_axis_name` scores are spread to suit, G and the updates like the parameters, and a
+        gradient from `weighted_sum` to suit the transformations: constrain it yourself if it goes
+        elsewhere. Explicit axes need neither. Default None: XLA decides.
+
+    Returns:
+      `scores_fn(params, microbatch) -> (logprobs, scores)`, or `((logprobs, aux), scores)` with
+      `has_aux`. `microbatch` is a pytree shaped like `sequence` with a leading axis b. `logprobs`
+      is (b,); `scores` is shaped like `params` with a score leaf for each parameter, such that
+      `weighted_sum(scores, c)` is the gradient of Σ_i c_i log π_i. Call it under `jax.jit`.
+
+    Raises:
+      ValueError: a parameter is not floating point, the microbatch's leaves disagree on b, or
+        `logprob_fn` does not return a floating point scalar. What JAX raises where it cannot be
+        differentiated comes with a note that says so.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scores_fn = sequence_scores(lambda params, x: jnp.sum(jnp.sin(x @ params)))
+      >>> logprobs, scores = scores_fn(jnp.ones((3, 2)), jnp.ones((4, 5, 3)))   # b=4, 5 tokens
+      >>> logprobs.shape, scores.inputs.shape, scores.output_grads.shape
+      ((4,), (4, 5, 3), (4, 5, 2))
+    """
+    check_function(logprob_fn)
+
+    def per_sequence(params: Any, sequence: Any) -> tuple[Any, Any]:
+        program = trace(logprob_fn, params, sequence, has_aux)
+        with differentiating():
+            return program.value_and_scores(params, sequence)
+
+    @jax.jit
+    def of_all(params: Any, microbatch: Any) -> tuple[Any, Any]:
+        specs = jax.tree.unflatten(jax.tree.structure(params), specs_of_leaves(param_specs, params))
+        own = varying_like(without_batch_axes(params, microbatch), microbatch)
+        try:
+            outputs, scores = jax.vmap(per_sequence, (None, 0), spmd_axis_name=spmd_axis_name)(
+                own, microbatch
+            )
+        except NotImplementedError as error:
+            warnings.warn(_ONE_BY_ONE.format(error), stacklevel=2)
+            outputs, scores = jax.lax.map(functools.partial(per_sequence, own), microbatch)
+        batch_axes = axis_names(spmd_axis_name)
+
+        def on_mesh(leaf: Any, scores: ScoreLeaf, spec: PartitionSpec | None) -> ScoreLeaf:
+            return exchanged(with_layout(scores, leaf, batch_axes, spec))
+
+        return outputs, jax.tree.map(on_mesh, params, scores, specs)
+
+    def scores_fn(params: Any, microbatch: Any) -> tuple[Any, Any]:
+        check_parameters(params)
+        _check_microbatch(microbatch)
+        return of_all(jax.tree.map(jnp.asarray, params), microbatch)
+
+    return scores_fn
+
+
+_ONE_BY_ONE = (
+    "jax.vmap cannot map logprob_fn ({}), so its sequences are taken one after the other: the "
+    "scores are the same, but take longer."
+)
+
+
+def describe_scores(
+    logprob_fn: Callable[..., Any], params: Any, microbatch: Any, *, has_aux: bool = False
+) -> str:
+    """A table of each parameter leaf, what its scores are held as and why, and who projects it.
+
+    Args:
+      logprob_fn: as in `sequence_scores`.
+      params: parameters, or their `jax.ShapeDtypeStruct`s: nothing is computed.
+      microbatch: sequences, with a leading axis b, or their `jax.ShapeDtypeStruct`s.
+      has_aux: as in `sequence_scores`.
+
+    Returns:
+      The table as text, a line per leaf; see the example at the top of this module. "projected by"
+      says which variants project the leaf unless a mask says otherwise. Dense scores that take more
+      than 64 MiB have their size beside the reason. Below the table stands what else there is to
+      know: leaves that only a mask has projected, and a function that `jax.vmap` cannot map.
+
+    Raises:
+      ValueError: as `sequence_scores`.
+    """
+    check_parameters(params)
+    _check_microbatch(microbatch)
+    whole, many = (jax.tree.map(_abstract, tree) for tree in (params, microbatch))
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), many)
+    batch_size = jax.tree.leaves(many)[0].shape[0]
+    program = trace(logprob_fn, whole, one, has_aux)
+    rows = [("leaf", "shape", "scores", "projected by", "why")]
+    unprojected = []
+    for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(whole)):
+        name, kind = jax.tree_util.keystr(path) or "(root)", program.kind(index)
+        scores, why = program.describe(index)
+        size = batch_size * leaf.size * leaf.dtype.itemsize
+        if kind is DenseScores and size > _LARGE:
+            why += f"; {size / 1e6:,.1f} MB for {batch_size} sequences"
+        by = {LayerFactors: "accumulation, intra", DenseScores: "accumulation"}.get(kind, "neither")
+        if by == "neither":
+            unprojected.append(name)
+        rows.append((name, str(leaf.shape), scores, by, why))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    if unprojected:
+        lines.append(_UNPROJECTED.format(", ".join(unprojected)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        jax.eval_shape(sequence_scores(logprob_fn, has_aux=has_aux), whole, many)
+    lines += [str(w.message) for w in caught if str(w.message).startswith(_ONE_BY_ONE[:20])]
+    return "\n".join(lines)
+
+
+_LARGE = 2**26
+_UNPROJECTED = (
+    "Not projected unless accumulate(..., mask=...) is True for it: {}. Tables that are looked up "
+    "are not by default, be they embeddings, tied embeddings, or heads that are read by their "
+    "targets."
+)
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+def check_scores(
+    logprob_fn: Callable[..., Any],
+    params: Any,
+    microbatch: Any,
+    *,
+    has_aux: bool = False,
+    rtol: float | None = None,
+) -> dict[str, float]:
+    """Compares scores with `jax.grad`: the first thing to run on a new model.
+
+    Args:
+      logprob_fn: as in `sequence_scores`.
+      params: the parameters.
+      microbatch: pytree of sequences, with a leading axis b.
+      has_aux: as in `sequence_scores`.
+      rtol: largest admissible error of a leaf. Default: 5e-2 where the model computes anything in
+        fewer than 32 bits (`jax.grad` rounds that differently), else 1e-4.
+
+    Returns:
+      The error of each leaf, by its path, for coefficients 1, −2, 3, −4, ...: the norm of the
+      difference over that of the leaf's gradient, or over 1 % of the whole gradient's norm where
+      that is more (a gradient may be zero but for rounding, as of an attention layer's key bias).
+
+    Raises:
+      ValueError: as `sequence_scores`; or leaves exceed `rtol`, which the message names. That is a
+        bug of proma_jax or a `logprob_fn` that is not a function of its arguments alone.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params, microbatch = {"w": jnp.ones((3, 2))}, jnp.ones((4, 5, 3))
+      >>> check_scores(lambda params, x: jnp.sum(x @ params["w"]), params, microbatch)
+      {"['w']": 0.0}
+    """
+    fn = (lambda *args: logprob_fn(*args)[0]) if has_aux else logprob_fn
+    scores_fn = sequence_scores(logprob_fn, has_aux=has_aux)
+
+    @jax.jit
+    def both(params: Any, microbatch: Any) -> tuple[Any, Any]:
+        value, scores = scores_fn(params, microbatch)
+        dtype = (value[0] if has_aux else value).dtype
+        b = jax.tree.leaves(microbatch)[0].shape[0]
+        coefficients = jnp.array([i if i % 2 else -i for i in range(1, b + 1)], dtype)
+
+        def loss(params: Any) -> Array:
+            own = without_batch_axes(params, microbatch)
+            return jnp.sum(coefficients * jax.vmap(fn, (None, 0))(own, microbatch))
+
+        return weighted_sum(scores, coefficients), jax.grad(loss)(params)
+
+    with jax.default_matmul_precision("highest"):
+        traced = both.trace(params, microbatch)
+        ours, expected = both(params, microbatch)
+    if rtol is None:
+        rtol = 5e-2 if _jaxpr.is_narrow(traced.jaxpr) else 1e-4
+    ours, expected = jax.tree.map(lambda x: x.astype(jnp.float32), (ours, expected))
+    floor = 0.01 * optax.tree.norm(expected)
+    errors = {}
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, want), got in zip(leaves, jax.tree.leaves(ours), strict=True):
+        size = jnp.maximum(jnp.linalg.norm(want), floor)
+        difference = jnp.linalg.norm(got - want)
+        errors[jax.tree_util.keystr(path)] = float(difference / jnp.where(size, size, 1))
+    off = [
+        f"{name or '(root)'} by {error:.1e}" for name, error in errors.items() if not error <= rtol
+    ]
+    if off:
+        raise ValueError(f"scores differ from jax.grad by more than {rtol=}: {', '.join(off)}.")
+    return errors
+
+
+def check_function(logprob_fn: Any) -> None:
+    """Raises a ValueError unless `logprob_fn` is a function."""
+    if not callable(logprob_fn):
+        raise ValueError(
+            f"logprob_fn={logprob_fn!r} must be a function (params, sequence) -> log-probability."
+        )
+
+
+def check_parameters(params: Any) -> None:
+    """Raises a ValueError unless every parameter is floating point."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        is_array = hasattr(leaf, "dtype") or isinstance(leaf, (float, int, complex))
+        kind = jnp.result_type(leaf) if is_array else type(leaf).__name__
+        if not is_array or not jnp.issubdtype(kind, jnp.floating):
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} is {kind}, but parameters must be floating "
+                "point: pass it in the sequence or close over it."
+            )
+
+
+@contextlib.contextmanager
+def differentiating() -> Iterator[None]:
+    """Says where what JAX raises comes from, as where a program has no gradient."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            "Raised while logprob_fn was differentiated in reverse mode, as by jax.grad, and "
+            "mapped over the sequences, as by jax.vmap."
+        )
+        raise
+
+
+def _check_microbatch(microbatch: Any) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(microbatch)
+    if not leaves:
+        raise ValueError(
+            "microbatch has no arrays: every leaf must have a leading axis of b sequences."
+        )
+    shapes = [(jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in leaves]
+    for name, shape in shapes:
+        if not shape or shape[0] != (shapes[0][1] or (None,))[0]:
+            raise ValueError(
+                f"microbatch{name} has shape {shape}, but microbatch{shapes[0][0]} has shape "
+                f"{shapes[0][1]}: every leaf must have the same leading axis of b sequences."
+            )

@@ -1,0 +1,329 @@
+"""A traced `logprob_fn`, run again with taps, and the scores that these report.
+
+Matrix products whose data go back to one variable make a group: the variable is reported once, be
+that outside of a scan in which the products are. `Program.run` leaves it to its caller what happens
+to a group (`Visit`): `sequence_scores` has the taps report, `accumulated_gradient` puts a node
+there that sees the gradients of the results of the whole group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from proma_jax._mesh import varying_like
+from proma_jax.capture import _jaxpr, _operations, taps
+from proma_jax.capture.factors import Assembly, Reported, assemble
+from proma_jax.capture.layout import CannotArrange, Layout, accesses, arrange, layers_of_dense
+from proma_jax.capture.search import Path, Search, Source
+from proma_jax.scores import (
+    DenseScores,
+    LayerFactors,
+    LookupFactors,
+    ScoreLeaf,
+    SumScores,
+    View,
+)
+
+Array = jax.Array
+Visit = Callable[[Path, Array, dict[Path, Any]], tuple[Array, dict[Path, Any]]]
+"""See `Program.run`."""
+
+
+class Program:
+    """A traced function and what is known of each parameter's uses in it.
+
+    Args:
+      closed: the traced function, its first inputs the parameter leaves.
+      out_tree: structure of its outputs, the first of which is the log-probability.
+      num_params: how many leaves there are.
+
+    Attributes:
+      uses: those that are tapped, by path.
+      members: for the first use of each group, all uses of the group.
+      parts: for each leaf that is not dense, its layout and how its factors are put together: one
+        for each part that its scores are the sum of.
+      why_dense: for each leaf that is, why.
+    """
+
+    def __init__(self, closed: Any, out_tree: Any, num_params: int) -> None:
+        self.jaxpr, self.consts, self.out_tree = closed.jaxpr, closed.consts, out_tree
+        search = Search(self.jaxpr, self.consts, num_params)
+        shapes = [variable.aval.shape for variable in self.jaxpr.invars[:num_params]]
+        self.why_dense = dict(search.lost)
+        self.parts: dict[int, list[tuple[Layout, Assembly]]] = {}
+        for leaf, of_leaf in accesses(search.uses.values()).items():
+            if leaf in self.why_dense:
+                continue
+            try:
+                arranged = arrange(shapes[leaf], of_leaf)
+            except CannotArrange as reason:
+                self.why_dense[leaf] = str(reason)
+            else:
+                self.parts[leaf] = [
+                    (layout, Assembly(placements, layout.layer_shape, layout.matrix_shape))
+                    for layout, placements in arranged
+                ]
+        self.dense_layers = {
+            leaf: layers_of_dense(shapes[leaf], search.touched[leaf])
+            for leaf in range(num_params)
+            if leaf not in self.parts
+        }
+        self.shapes = shapes
+        self.uses = {
+            path: use
+            for path, use in sorted(search.uses.items())
+            if any(piece.leaf in self.parts for piece in use.pieces)
+        }
+        first: dict[Any, Path] = {}
+        self.members: dict[Path, list[Path]] = defaultdict(list)
+        for path, use in self.uses.items():
+            group = path if use.is_lookup else use.sources[0]
+            self.members[first.setdefault(group, path)].append(path)
+        self.first = {path: group for group, paths in self.members.items() for path in paths}
+        self._met: dict[Path, list[tuple[Path, Any]]] = defaultdict(list)
+        for group in self.members:
+            source = self._where_met(group)
+            self._met[group[: len(source.path) + 1]].append((group, source.variable))
+        convolutions = list(_convolutions(self.jaxpr, ()))
+        self.hides_convolution = not all(_operations.is_convolution(e) for _, e in convolutions)
+        special = [*self.uses, *(path for path, _ in convolutions)]
+        self._scopes = {path[:i] for path in special for i in range(len(path))}
+        keys: dict[Any, int] = {}
+        self._input_groups = {
+            assembly.inputs_key: keys.setdefault(assembly.inputs_key, len(keys))
+            for of_leaf in self.parts.values()
+            for _, assembly in of_leaf
+        }
+
+    def _where_met(self, group: Path) -> Source:
+        """The innermost variable that all uses of a group go back to, outside of further scans.
+
+        Farther out, what a remat should compute again would be kept.
+        """
+        sources = self.uses[group].sources
+        return next(
+            source
+            for source in reversed(sources)
+            if source.num_scans == sources[0].num_scans
+            and all(path[: len(source.path)] == source.path for path in self.members[group])
+        )
+
+    @property
+    def dense(self) -> list[int]:
+        """The leaves with dense scores."""
+        return sorted(self.dense_layers)
+
+    def value_and_scores(self, params: Any, sequence: Any) -> tuple[Any, Any]:
+        """One sequence's outputs and scores (without the leading axis b)."""
+        leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
+        data = jax.tree.leaves(sequence)
+        probes = varying_like(self.probes(self.members), sequence)
+
+        def run(dense: list[Array], probes: Any) -> tuple[Array, Any]:
+            values = list(leaves)
+            for i, value in zip(self.dense, dense, strict=True):
+                values[i] = value
+            return self.run([*values, *data], probes, self.reported)
+
+        differentiate = jax.grad(run, argnums=(0, 1), has_aux=True)
+        (gradients, found), outputs = differentiate([leaves[i] for i in self.dense], probes)
+        scores: dict[int, ScoreLeaf] = {
+            i: self.dense_leaf(i, gradient)
+            for i, gradient in zip(self.dense, gradients, strict=True)
+        }
+        factored = list(self.parts)
+        dtypes = [leaves[i].dtype for i in factored]
+        scores |= zip(factored, self.factored(factored, self.reports(found), dtypes), strict=True)
+        return outputs, jax.tree.unflatten(treedef, [scores[i] for i in range(len(leaves))])
+
+    def probes(self, groups: Any) -> dict[Path, tuple[Array | None, Array]]:
+        """Zeros for all uses of some groups."""
+        return {
+            path: (
+                taps.data_probe(self.uses[path]) if path == group else None,
+                taps.result_probe(self.uses[path]),
+            )
+            for group in groups
+            for path in self.members[group]
+        }
+
+    def reported(
+        self, group: Path, data: Array, probes: dict[Path, Any]
+    ) -> tuple[Array, dict[Path, tuple[Array | None, Array]]]:
+        """Has a group's taps report; a `Visit`."""
+        if self.uses[group].is_lookup:
+            return data, {group: probes[group]}
+        data = taps.report(jnp.asarray(data), probes[group][0])
+        return data, {path: (None, probes[path][1]) for path in self.members[group]}
+
+    def reports(self, found: dict[Path, tuple[Array, Array]]) -> dict[Path, Reported]:
+        """What each use reports, from the gradients of the probes."""
+        return {path: Reported(found[self.first[path]][0], found[path][1]) for path in found}
+
+    def run(self, arguments: Sequence[Any], extra: dict[Path, Any], visit: Visit) -> Any:
+        """The outputs for one sequence, from a program with its taps: (log-probability, all).
+
+        Args:
+          arguments: leaves of the parameters and of the sequence.
+          extra: a pytree for each of some uses, with the lengths of the enclosing scans in front.
+          visit: called where a group is met, with its first use, its data, and the slices of
+            `extra` in this place; returns the data and, for each use of the group, the probes of
+            its tap, that of the result with the lengths of the scans in between in front.
+        """
+        outputs = self._run(self.jaxpr, self.consts, (), extra, arguments, visit)
+        return outputs[0], jax.tree.unflatten(self.out_tree, outputs)
+
+    def _run(
+        self,
+        jaxpr: core.Jaxpr,
+        consts: Sequence[Any],
+        path: Path,
+        extra: dict[Path, Any],
+        args: Sequence[Any],
+        visit: Visit,
+    ) -> list[Any]:
+        values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+
+        def read(atom: Any) -> Any:
+            return values[atom] if isinstance(atom, core.Var) else atom.val
+
+        for number, eqn in enumerate(jaxpr.eqns):
+            here = (*path, number)
+            for group, source in self._met.get(here, ()):
+                values[source], probes = visit(group, values[source], extra)
+                extra = extra | probes
+            operands = [read(atom) for atom in eqn.invars]
+            if here in self.uses:
+                results = [taps.tapped(self.uses[here], operands, extra[here])]
+            elif here in self._scopes:
+                results = self._run_inside(eqn, here, extra, operands, visit)
+            elif _operations.is_convolution(eqn):
+                results = [_operations.convolve(eqn, *operands)]
+            else:
+                results = _jaxpr.evaluate(eqn, *operands)
+            values.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _run_inside(
+        self,
+        eqn: core.JaxprEqn,
+        path: Path,
+        extra: dict[Path, Any],
+        operands: list[Any],
+        visit: Visit,
+    ) -> list[Any]:
+        inner = _jaxpr.body(eqn)
+        assert inner is not None
+        within = {p: x for p, x in extra.items() if p[: len(path)] == path}
+
+        def fn(within: Any, *args: Any) -> list[Any]:
+            return self._run(inner.jaxpr, inner.consts, path, within, args, visit)
+
+        return _jaxpr.rebuild(inner, fn)(within, *operands)
+
+    def factored(
+        self, leaves: Sequence[int], reported: dict[Path, Reported], dtypes: Sequence[Any]
+    ) -> list[ScoreLeaf]:
+        """One sequence's scores of some leaves that are not dense, from what their uses report."""
+        chosen = [part for leaf in leaves for part in self.parts[leaf]]
+        of_parts = iter(assemble([assembly for _, assembly in chosen], reported))
+        scores: list[ScoreLeaf] = []
+        for leaf, dtype in zip(leaves, dtypes, strict=True):
+            of_leaf: list[Any] = []
+            for layout, assembly in self.parts[leaf]:
+                data, grads, in_loss = next(of_parts)
+                common = {
+                    "num_layer_axes": len(layout.layers),
+                    "view": layout.view(self.shapes[leaf]),
+                    "dtype": dtype,
+                }
+                if assembly.is_lookup:
+                    rows = assembly.matrix_shape[0]
+                    of_leaf.append(LookupFactors(data, grads, rows, **common))
+                    continue
+                group = self._input_groups[assembly.inputs_key]
+                of_leaf.append(
+                    LayerFactors(data, grads, in_loss=in_loss, input_group=group, **common)
+                )
+            scores.append(of_leaf[0] if len(of_leaf) == 1 else SumScores(tuple(of_leaf)))
+        return scores
+
+    def dense_leaf(self, leaf: int, gradient: Array) -> DenseScores:
+        """A dense leaf's scores for one sequence."""
+        view = self.view(leaf)
+        num_layer_axes = len(self.dense_layers[leaf])
+        return DenseScores(view.apply(gradient), num_layer_axes, view, gradient.dtype)
+
+    def view(self, leaf: int) -> View:
+        """How a leaf is read in the layout of its scores."""
+        shape = self.shapes[leaf]
+        if leaf in self.dense_layers:
+            layers = self.dense_layers[leaf]
+            return View().transpose([*layers, *(i for i in range(len(shape)) if i not in layers)])
+        layouts = [layout for layout, _ in self.parts[leaf]]
+        return layouts[0].view(shape) if len(layouts) == 1 else View()
+
+    def kind(self, leaf: int) -> type[ScoreLeaf]:
+        """The type of a leaf's scores."""
+        if leaf in self.dense_layers:
+            return DenseScores
+        of_leaf = self.parts[leaf]
+        kind = LookupFactors if of_leaf[0][1].is_lookup else LayerFactors
+        return kind if len(of_leaf) == 1 else SumScores
+
+    def describe(self, leaf: int) -> tuple[str, str]:
+        """The representation of a leaf's scores, and why it has that one."""
+        if leaf in self.dense_layers:
+            count = math.prod(self.shapes[leaf][i] for i in self.dense_layers[leaf])
+            layers = f", {_count(count, 'layer')}" if self.dense_layers[leaf] else ""
+            return "DenseScores", self.why_dense.get(leaf, "not used") + layers
+        kinds, whys = [], []
+        for layout, assembly in self.parts[leaf]:
+            is_lookup = assembly.is_lookup
+            count = _count(math.prod(layout.layer_shape), "layer")
+            layers = f"{count}, " if layout.layers else ""
+            d_in, d_out = layout.matrix_shape
+            rows = f"{d_in} rows of" if is_lookup else f"{d_in} ->"
+            kinds.append("LookupFactors" if is_lookup else "LayerFactors")
+            whys.append(f"{layers}{_count(assembly.num_tokens, 'token')}, {rows} {d_out}")
+        return " + ".join(kinds), "; ".join(whys)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _convolutions(jaxpr: core.Jaxpr, path: Path) -> Iterator[tuple[Path, core.JaxprEqn]]:
+    """The convolutions of one group in a program, and the equations that hide some."""
+    for number, eqn in enumerate(jaxpr.eqns):
+        if _operations.contains_convolution(eqn):
+            inner = _jaxpr.body(eqn)
+            here = (*path, number)
+            yield from [(here, eqn)] if inner is None else _convolutions(inner.jaxpr, here)
+
+
+def trace(logprob_fn: Callable[..., Any], params: Any, sequence: Any, has_aux: bool) -> Program:
+    """Traces `logprob_fn` and finds the uses of each parameter.
+
+    Raises:
+      ValueError: it does not return what `sequence_scores` needs.
+    """
+    closed, shapes = jax.make_jaxpr(logprob_fn, return_shape=True)(params, sequence)
+    if has_aux and not (isinstance(shapes, tuple) and len(shapes) == 2):
+        raise ValueError(
+            f"has_aux=True, but logprob_fn returned {shapes}: it must return (scalar, aux)."
+        )
+    value = shapes[0] if has_aux else shapes
+    if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(
+            f"logprob_fn must return a floating point scalar for one sequence, got {value}. Sum "
+            "the log-probabilities of the response tokens; other outputs need has_aux=True."
+        )
+    return Program(closed, jax.tree.structure(shapes), len(jax.tree.leaves(params)))

@@ -236,6 +236,13 @@ def varying_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda x: jnp.where(flag, x, x), tree)
 
 
+def has_several_devices() -> bool:
+    """Whether a mesh of several devices is set, over which XLA may spread what is computed."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = set(mesh.axis_names) - _axes_of(mesh, AxisType.Manual)
+    return _size(mesh, tuple(free)) > 1
+
+
 def explicit_batch_axes(arrays: Any) -> tuple[str, ...]:
     """The Explicit mesh axes over which the first axes of arrays are spread."""
     specs = [spec_of(x) for x in jax.tree.leaves(arrays)]

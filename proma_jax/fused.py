@@ -28,10 +28,11 @@ Example:
   ((3, 4), (3,))
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -200,6 +201,20 @@ def accumulated_gradient(
         return gradient(jax.tree.map(jnp.asarray, params), batch, coefficients, step)
 
     return gradient_fn
+
+
+@contextlib.contextmanager
+def _mapping() -> Iterator[None]:
+    """Says what there is for functions that `jax.vmap` cannot map."""
+    try:
+        yield
+    except NotImplementedError as error:
+        error.add_note(
+            "accumulated_gradient needs jax.vmap to map logprob_fn over the sequences. Where that "
+            "is not possible, sequence_scores takes them one after the other: use it with "
+            "accumulate and project_intra."
+        )
+        raise
 
 
 def _check_batch(batch: Any, coefficients: Array) -> None:
@@ -475,7 +490,7 @@ class _Plan:
             )
             return jnp.sum(logprobs), outputs
 
-        with differentiating():
+        with differentiating(), _mapping():
             (dense, late, nodes), outputs = jax.grad(value, has_aux=True)((dense, late, nodes))
         parts, norms = automatic(
             self._collect,

@@ -7,9 +7,9 @@ probes' gradients. These factors of each sequence's score cost no more than plai
 and the parameter's own gradient is never formed.
 
 A parameter is followed through jit, remat and scan, and through whatever only moves or scales its
-entries: slices by any index that is known while tracing, reshapes, transpositions, casts, stacks and
-concatenations, a constant factor. What is a slice of a stack is a layer of its own. Where the trail
-is lost, the leaf gets its ordinary per-sequence gradient: a dense score, never a wrong one.
+entries: slices by any index that is known while tracing, reshapes, transpositions, casts, stacks
+and concatenations, a constant factor. What is a slice of a stack is a layer of its own. Where the
+trail is lost, the leaf gets its ordinary per-sequence gradient: a dense score, never a wrong one.
 `describe_scores` shows what each leaf got and why; `check_scores` compares with `jax.grad`.
 
 Example:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from proma_jax._mesh import varying_like
+from proma_jax._mesh import has_several_devices, varying_like
 from proma_jax.capture import _jaxpr, _operations, taps
 from proma_jax.capture.factors import Assembly, Reported, assemble
 from proma_jax.capture.layout import CannotArrange, Layout, accesses, arrange, layers_of_dense
@@ -313,7 +313,7 @@ def trace(logprob_fn: Callable[..., Any], params: Any, sequence: Any, has_aux: b
     """Traces `logprob_fn` and finds the uses of each parameter.
 
     Raises:
-      ValueError: it does not return what `sequence_scores` needs.
+      ValueError: it does not return what `sequence_scores` needs, or cannot be right on the mesh.
     """
     closed, shapes = jax.make_jaxpr(logprob_fn, return_shape=True)(params, sequence)
     if has_aux and not (isinstance(shapes, tuple) and len(shapes) == 2):
@@ -326,4 +326,11 @@ def trace(logprob_fn: Callable[..., Any], params: Any, sequence: Any, has_aux: b
             f"logprob_fn must return a floating point scalar for one sequence, got {value}. Sum "
             "the log-probabilities of the response tokens; other outputs need has_aux=True."
         )
-    return Program(closed, jax.tree.structure(shapes), len(jax.tree.leaves(params)))
+    program = Program(closed, jax.tree.structure(shapes), len(jax.tree.leaves(params)))
+    if program.hides_convolution and has_several_devices():
+        raise ValueError(
+            "logprob_fn has a convolution inside of a jax.lax.cond, a while loop or a function "
+            "with a gradient of its own (custom_vjp). On a mesh XLA may get its gradient for each "
+            "sequence wrong, which cannot be mended from here: take the convolution out of there."
+        )
+    return program

@@ -14,6 +14,7 @@ from proma_jax import (
     DenseScores,
     LayerFactors,
     LookupFactors,
+    accumulated_gradient,
     check_scores,
     describe_scores,
     sequence_scores,
@@ -317,17 +318,29 @@ def test_factors_are_what_a_layer_saw():
     chex.assert_trees_all_close((scores.inputs, scores.output_grads), (x, jnp.cos(x @ w)))
 
 
-@pytest.mark.parametrize("mode", ["clip", "fill"])
-def test_lookups_out_of_bounds_read_no_row_or_the_nearest(mode):
+LOOKUPS = {
+    "clip": lambda table, i: table.at[i].get(mode="clip"),
+    "fill": lambda table, i: table.at[i].get(mode="fill", fill_value=0),
+    "promised": lambda table, i: table.at[i].get(mode="promise_in_bounds"),
+    "plain": lambda table, i: table[i],
+    "mapped": lambda table, i: jax.vmap(lambda i: table[i])(i),
+    "scanned": lambda table, i: jax.lax.map(lambda i: table[i], i),
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_lookups_out_of_bounds_read_what_jax_grad_has(name):
     table = kernels(w=(5, 2))["w"]
     indices = jnp.array([[0, 4, 5, 2**31 - 1], [-5, -1, -6, -(2**31)]], jnp.int32)
 
     def logprob_fn(table, indices):
-        return jnp.sum(jnp.sin(table.at[indices].get(mode=mode, fill_value=0)))
+        return jnp.sum(jnp.sin(LOOKUPS[name](table, indices)))
 
-    model = Model(logprob_fn, table, indices)
-    actual, expected, scores = everything(model, np.array([1.0, -2.0]))
-    chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+    model, coefficients = Model(logprob_fn, table, indices), np.array([1.0, -2.0], np.float32)
+    actual, expected, scores = everything(model, coefficients)
+    chex.assert_trees_all_close(actual[1], expected[1], rtol=1e-6)
+    fused, _ = accumulated_gradient(logprob_fn)(table, indices[None], coefficients[None])
+    chex.assert_trees_all_close(fused, expected[1], rtol=1e-6)
     assert isinstance(scores, LookupFactors)
     assert jnp.all((scores.indices >= 0) & (scores.indices < 5))
 
@@ -512,6 +525,67 @@ def test_equal_inputs_are_stored_once():
     (backward,) = (e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["reverse"])
     factors = [v for v in backward.outvars if v.aval.shape == (LAYERS, BATCH, TOKENS, WIDTH)]
     assert len(factors) == 4  # h, and the output gradients of q, k and v
+
+
+# What `jax.vmap` cannot map.
+
+
+@jax.custom_batching.custom_vmap
+def unmapped_sine(x):
+    return jnp.sin(x)
+
+
+@unmapped_sine.def_vmap
+def _(axis_size, in_batched, x):
+    raise NotImplementedError("no rule for sines")
+
+
+@jax.custom_vjp
+def sine(x):
+    return unmapped_sine(x)
+
+
+sine.defvjp(lambda x: (sine(x), x), lambda x, grad: (grad * jnp.cos(x),))
+
+
+def with_ragged_products(params, h):
+    """A mixture of experts: tokens in the order of their experts, whose kernels multiply them."""
+    gates = jax.nn.softmax(h @ params["router"])
+    expert = jnp.argmax(gates, axis=-1)
+    order, sizes = jnp.argsort(expert), jnp.bincount(expert, length=WIDTH)
+    products = jax.lax.ragged_dot(h[order], params["w"], sizes)
+    return jnp.sum(products[jnp.argsort(order)] * jnp.max(gates, axis=-1, keepdims=True))
+
+
+def test_what_cannot_be_mapped_is_taken_one_by_one():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, TOKENS, WIDTH)), jnp.float32)
+    w = kernels(w=(WIDTH, 3))["w"]
+
+    def logprob_fn(w, x):
+        return jnp.sum(sine(x @ w))
+
+    with pytest.warns(UserWarning, match=r"cannot map logprob_fn \(no rule for sines\)"):
+        logprobs, scores = sequence_scores(logprob_fn)(w, x)
+    expected = sequence_scores(lambda w, x: jnp.sum(jnp.sin(x @ w)))(w, x)
+    chex.assert_trees_all_close((logprobs, scores), expected, atol=1e-6)
+    assert "taken one after the other" in describe_scores(logprob_fn, w, x)
+    assert "one after the other" not in describe_scores(lambda w, x: jnp.sum(x @ w), w, x)
+    with pytest.raises(NotImplementedError, match="no rule for sines") as raised:
+        accumulated_gradient(logprob_fn)(w, x[None], jnp.ones((1, BATCH)))
+    assert any(
+        "sequence_scores takes them one after the other" in n for n in raised.value.__notes__
+    )
+
+
+@pytest.mark.filterwarnings("ignore:jax.vmap cannot map")
+def test_a_mixture_of_experts_by_ragged_products_has_its_scores():
+    params = kernels(router=(WIDTH, WIDTH), w=(WIDTH, WIDTH, 5))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, TOKENS, WIDTH)), jnp.float32)
+    _, scores = sequence_scores(with_ragged_products)(params, x)
+    assert isinstance(scores["w"], DenseScores)
+    expected = [jax.grad(with_ragged_products)(params, one) for one in x]
+    for coefficients, want in zip(np.eye(BATCH, dtype=np.float32), expected, strict=True):
+        chex.assert_trees_all_close(weighted_sum(scores, coefficients), want, atol=1e-5)
 
 
 # Descriptions and checks.

@@ -21,13 +21,15 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
 
 
-def check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any, meaning: str) -> None:
     """Raises a ValueError unless `value` is a static integer of at least 1."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
         raise ValueError(
-            f"{name}={value!r} must be a static int of at least 1: it can neither be traced nor "
-            "injected (name it in the static_args of optax.inject_hyperparams)."
+            f"{name}={value!r} must be a static int: it can neither be traced nor injected (name "
+            "it in the static_args of optax.inject_hyperparams)."
         )
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1: it is {meaning}.")
 
 
 def check_number(
@@ -62,15 +64,6 @@ def check_mask(mask: Any) -> None:
         raise ValueError(
             f"mask={mask} projects nothing, which is shrinkage=0. If optax.inject_hyperparams made "
             "it of a function, name mask in its static_args."
-        )
-
-
-def check_state(state: Any, kind: type) -> None:
-    """Raises a ValueError unless a state is of the kind that `init` makes."""
-    if not isinstance(state, kind):
-        raise ValueError(
-            f"state is of type {type(state).__name__}, but must be the {kind.__name__} that `init` "
-            "makes; one from a checkpoint must be restored as such."
         )
 
 

@@ -46,7 +46,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from proma_jax import _options
 from proma_jax._mesh import automatic, spec_of, spread, varying_like
-from proma_jax.checkpoints import state_version
+from proma_jax._states import check_state, compiled, on_devices_of, state_version
 from proma_jax.projection import Solver, removed_part
 from proma_jax.scores import (
     AxisName,
@@ -108,7 +108,8 @@ class Accumulation:
 
     def removes(self, m: jax.Array, k: ArrayLike, step: jax.Array) -> jax.Array:
         """Whether microbatch m of the k of an optimizer step removes anything."""
-        first = jnp.asarray(_options.at_step(self.skip_fraction, step) * k, jnp.float32)
+        skipped = jnp.asarray(_options.at_step(self.skip_fraction, step), jnp.float32)
+        first = skipped * jnp.asarray(k, jnp.float32)
         return (m > 0) & (m.astype(jnp.float32) >= first * (1 - 1e-6))  # rounding must not decide
 
 
@@ -121,6 +122,7 @@ class AccumulateState(NamedTuple):
       inner_opt_state: state of the inner optimizer.
       acc_grads: G, shaped like the parameters.
       projected_fraction: () float32, ‖removed‖ / ‖G‖ over all leaves, for the latest microbatch.
+      accepted: () int32, microbatches of this optimizer step that were not skipped.
       skip_state: what `should_skip_update_fn` last returned beside its verdict.
       version: () int32, of the state's format; see `check_restorable`.
     """
@@ -130,6 +132,7 @@ class AccumulateState(NamedTuple):
     inner_opt_state: Any
     acc_grads: Any
     projected_fraction: jax.Array
+    accepted: jax.Array
     skip_state: Any
     version: jax.Array
 
@@ -171,7 +174,8 @@ def accumulate(
         step.
       solver: of the projection P_S. "ridge" is the author's: it leaves the fraction ridge / (σ² +
         ridge) of a direction whose singular value among the unit-norm scores is σ. "qr" and "svd"
-        are exact; they hold all b scores of one layer at a time.
+        are exact; they need a leaf's b scores themselves, b times its memory, where "ridge" may
+        make do with their factors.
       ridge: of the solver "ridge", at least 0. Default: the author's 1e-2.
       shrinkage: fraction of the projection that is removed, in [0, 1]; 0 is plain accumulation.
         Default: the author's 1.
@@ -182,8 +186,9 @@ def accumulate(
         in [0, 1]. Default: 0, all remove. The published runs used 0.5 and 0.001.
       rtol: "qr" and "svd" keep directions with at most this fraction of the largest singular value
         in G. Default: 1e-6, eight float32 epsilons.
-      use_grad_mean: divides G by the step's number of microbatches when it goes to `inner`.
-        Default: False, a sum, since coefficients are normalised by the whole mini-batch already.
+      use_grad_mean: divides G by the step's number of microbatches that were not skipped when it
+        goes to `inner`. Default: False, a sum, since coefficients are normalised by the whole
+        mini-batch already.
       accumulator_dtype: of G. Default: float32. `inner` gets G in the updates' dtype.
       mask: which leaves are projected, a pytree of bools or a function from the updates to one.
         Default: those with dense scores or LayerFactors; embedding lookups and tied tables, as
@@ -201,7 +206,8 @@ def accumulate(
         the span is that of all devices' scores, and the result, the same on all, that of one device
         with all sequences. "emit": every device projects a running gradient of its own with its own
         scores only, and the mean of these goes to `inner`; nothing is communicated before that.
-        `acc_grads`, `projected_fraction` and `skip_state` then differ from device to device.
+        `acc_grads`, `projected_fraction`, `accepted` and `skip_state` then differ from device to
+        device.
 
     Under `optax.inject_hyperparams`, name in its static_args what is not a number:
     every_k_schedule, mask and should_skip_update_fn.
@@ -220,7 +226,9 @@ def accumulate(
             f"inner={inner!r} must be an optax transformation, like optax.adamw(1e-5)."
         )
     if not callable(every_k_schedule):
-        _options.check_count("every_k_schedule", every_k_schedule)
+        _options.check_count(
+            "every_k_schedule", every_k_schedule, "the number of microbatches of an optimizer step"
+        )
     options = Accumulation(solver, ridge, shrinkage, relative_bound, skip_fraction, rtol, mask)
     if accumulator_dtype is None or not jnp.issubdtype(accumulator_dtype, jnp.floating):
         raise ValueError(f"{accumulator_dtype=} must be a floating point type, like 'float32'.")
@@ -235,27 +243,21 @@ def accumulate(
     def init_fn(params: Any) -> AccumulateState:
         gradient_step = jnp.zeros((), jnp.int32)
         skip_state = _judge(should_skip_update_fn, params, [], gradient_step, params)[1]
-        return AccumulateState(
+        state = AccumulateState(
             mini_step=jnp.zeros((), jnp.int32),
             gradient_step=gradient_step,
             inner_opt_state=inner.init(params),
             acc_grads=optax.tree.zeros_like(params, dtype=accumulator_dtype),
             projected_fraction=jnp.zeros((), jnp.float32),
+            accepted=jnp.zeros((), jnp.int32),
             skip_state=optax.tree.zeros_like(skip_state),
             version=state_version(),
         )
+        return on_devices_of(params, state)
 
-    def update_fn(
-        updates: Any,
-        state: AccumulateState,
-        params: Any = None,
-        *,
-        scores: Any = None,
-        **extra: Any,
+    def take(
+        updates: Any, state: AccumulateState, params: Any, scores: Any, extra: dict[str, Any]
     ) -> tuple[Any, AccumulateState]:
-        updates = jax.tree.map(jnp.asarray, updates)
-        _options.check_state(state, AccumulateState)
-        _check_shapes(updates, state.acc_grads)
         updates = _options.mean(updates, together)
         matched = match_scores(updates, scores)
         step, m = state.gradient_step, state.mini_step
@@ -330,10 +332,13 @@ def accumulate(
             [jnp.where(skip, old, new) for old, new in zip(accumulated, summed, strict=True)],
         )
         emits = m >= k - 1
+        accepted = jnp.where(skip, state.accepted, state.accepted + 1)
 
         def emit(total: Any, inner_state: Any) -> tuple[Any, Any]:
-            total = _options.mean(total, at_emission)
-            whole = jax.tree.map(lambda x: x / (m + 1), total) if use_grad_mean else total
+            if use_grad_mean:
+                count = jnp.maximum(accepted, 1)
+                total = jax.tree.map(lambda x: x / count.astype(x.dtype), total)
+            whole = _options.mean(total, at_emission)
             gradient = optax.tree.cast_like(whole, updates)
             emitted = inner.update(gradient, inner_state, params, **extra)
             if axis_name is None:
@@ -351,9 +356,25 @@ def accumulate(
             inner_opt_state=inner_state,
             acc_grads=jax.tree.map(lambda x: jnp.where(emits, 0, x), total),
             projected_fraction=jnp.where(skip, 0, fraction),
+            accepted=jnp.where(emits, 0, accepted),
             skip_state=jax.tree.map(_as_typed, skip_state, state.skip_state),
             version=state.version,
         )
+
+    take_as_one = compiled(take, *vars(options).values())
+
+    def update_fn(
+        updates: Any,
+        state: AccumulateState,
+        params: Any = None,
+        *,
+        scores: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, AccumulateState]:
+        check_state(state, AccumulateState)
+        updates = jax.tree.map(jnp.asarray, updates)
+        _check_shapes(updates, state.acc_grads)
+        return take_as_one(updates, state, params, scores, extra)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -20,15 +20,10 @@ Example:
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-STATE_VERSION = 1
-
-
-def state_version() -> jax.Array:
-    """() int32, what new states carry."""
-    return jnp.asarray(STATE_VERSION, jnp.int32)
+from proma_jax.accumulation import AccumulateState
+from proma_jax.intra import ProjectIntraState
 
 
 def check_restorable(saved: Any, state: Any) -> None:
@@ -47,18 +42,18 @@ def check_restorable(saved: Any, state: Any) -> None:
       ValueError: leaves are missing, left over or of other shapes or types, or a state of
         `accumulate` or `project_intra` is of another version. The message names them.
     """
-    there, here = _leaves(saved), _leaves(state)
+    there, here, versions = _leaves(saved), _leaves(state), _versions(state)
     differences = {
         name: difference
         for name in there | here
-        if (difference := _difference(there.get(name), here.get(name), _is_version(name)))
+        if (difference := _difference(there.get(name), here.get(name), name in versions))
     }
     if not differences:
         return
     first = "; ".join(f"{name} {what}" for name, what in list(differences.items())[:10])
     more = f"; and {len(differences) - 10} more leaves" if len(differences) > 10 else ""
     advice = ""
-    if any(map(_is_version, differences)):
+    if versions & differences.keys():
         advice = (
             ". Another version of proma_jax saved it: go on with that version, or restore the "
             "parameters alone and make the optimizer's state anew with `init`"
@@ -67,10 +62,12 @@ def check_restorable(saved: Any, state: Any) -> None:
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): _as_array(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(path): _as_array(leaf) for path, leaf in leaves}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _as_array(leaf: Any) -> Any:
@@ -81,8 +78,15 @@ def _as_array(leaf: Any) -> Any:
     return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
 
 
-def _is_version(name: str) -> bool:
-    return name.split(".")[-1] == "version"
+def _versions(state: Any) -> set[str]:
+    """The names of the versions of our own states."""
+
+    def is_ours(x: Any) -> bool:
+        return isinstance(x, (AccumulateState, ProjectIntraState))
+
+    found = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_ours)
+    version = jax.tree_util.GetAttrKey("version")
+    return {_name((*path, version)) for path, leaf in found if is_ours(leaf)}
 
 
 def _difference(there: Any, here: Any, is_version: bool) -> str | None:

@@ -56,7 +56,12 @@ from proma_jax._mesh import (
 )
 from proma_jax.accumulation import Accumulation
 from proma_jax.capture import _jaxpr
-from proma_jax.capture.api import check_function, check_parameters, differentiating
+from proma_jax.capture.api import (
+    check_function,
+    check_parameters,
+    differentiating,
+    for_one_sequence,
+)
 from proma_jax.capture.factors import Assembly, Reported, assemble
 from proma_jax.capture.layout import Layout as LeafLayout
 from proma_jax.capture.layout import Placement, place
@@ -198,7 +203,12 @@ def accumulated_gradient(
             raise ValueError(f"step has shape {step.shape}, but must be one number.")
         check_parameters(params)
         _check_batch(batch, coefficients)
-        return gradient(jax.tree.map(jnp.asarray, params), batch, coefficients, step)
+        params = jax.tree.map(jnp.asarray, params)
+        microbatch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)), batch
+        )
+        with for_one_sequence(logprob_fn, params, microbatch):
+            return gradient(params, batch, coefficients, step)
 
     return gradient_fn
 
@@ -333,7 +343,9 @@ class _Plan:
         self.spmd_axis_name = spmd_axis_name
         arrays = jax.tree.leaves(params)
         self.dtypes = [leaf.dtype for leaf in arrays]
-        paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+        self.paths = paths = [
+            jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)
+        ]
         kinds = [(path, program.kind(i)) for i, path in enumerate(paths)]
         accumulates, in_intra = (
             settings.projects(kinds, params) if settings else [False] * len(kinds)
@@ -434,6 +446,13 @@ class _Plan:
         shrinkage: ArrayLike = 0.0
         starts: dict[tuple[int, int], Array] = {}
         if self.intra:
+            chosen = [
+                (self.paths[leaf], batch_size * part.num_tokens, *part.matrix_shape)
+                for leaf, parts in self.program.parts.items()
+                for _, part in parts
+                if self.leaves[leaf].intra
+            ]
+            self.intra.warn_of_whole_gradients(chosen)
             taken = step * k + m
             shrinkage = _options.at_step(self.intra.shrinkage, taken)
             start = self.intra.start(jax.random.key(self.intra.seed), taken)
@@ -726,7 +745,7 @@ class _Plan:
         for i, form in enumerate(forms):
             taken, length = removed.get(i, (jnp.zeros(()), None))
             if i in ridged:
-                part = form.weighted_sum(weights[i] - taken)
+                part = form.weighted_sum(jnp.broadcast_to(weights[i], taken.shape) - taken)
                 part = part - common[i] if i in common else part
             else:
                 part = gradients[i] - taken
@@ -780,7 +799,7 @@ class _Plan:
                 own_lengths.append(
                     layer_norms(gradients[i], scores[i].num_layer_axes).reshape(-1)
                     if i in gradients
-                    else flat.lengths(coefficients[i] * flat.norms)
+                    else flat.lengths(coefficients[i][None] * flat.norms)
                 )
             of_all = jax.tree.map(lambda *xs: jnp.concatenate(xs), *products)
             weights, lengths = removal(

@@ -29,6 +29,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -39,7 +40,7 @@ from jax.sharding import PartitionSpec
 
 from proma_jax import _options
 from proma_jax._mesh import automatic, spec_of, spread
-from proma_jax.checkpoints import state_version
+from proma_jax._states import check_state, compiled, on_devices_of, state_version
 from proma_jax.scores import AxisName, LayerFactors, contract, known_spec, match_scores, wide
 from proma_jax.subspace import (
     Orthonormalization,
@@ -73,8 +74,10 @@ class Intra:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _options.check_count("rank", self.rank)
-        _options.check_count("power_iterations", self.power_iterations)
+        _options.check_count("rank", self.rank, "the dimension of the subspaces")
+        _options.check_count(
+            "power_iterations", self.power_iterations, "how often a basis is refined"
+        )
         choices = get_args(Orthonormalization)
         _options.check_choice("orthonormalization", self.orthonormalization, choices)
         _options.check_number("shrinkage", self.shrinkage, 0, 1)
@@ -104,6 +107,26 @@ class Intra:
         """The rank of the subspaces of a layer with these factors."""
         num_tokens, d_in = factors.rows("inputs").shape[-2:]
         return self.rank_in(num_tokens, d_in, factors.output_grads.shape[-1])
+
+    def warn_of_whole_gradients(self, layers: Sequence[tuple[str, int, int, int]]) -> None:
+        """Warns of layers whose gradient is in the subspaces, all of it.
+
+        Args:
+          layers: path, number of tokens, d_in and d_out of each.
+        """
+        whole = [
+            f"{path or '(root)'} ({_count(num_tokens, 'token')}, {d_in} -> {d_out})"
+            for path, num_tokens, d_in, d_out in layers
+            for rank in [self.rank_in(num_tokens, d_in, d_out)]
+            if 0 < num_tokens == rank or d_in == d_out == rank
+        ]
+        if whole:
+            warnings.warn(
+                f"Intra of rank {self.rank} removes the whole gradient of {', '.join(whole)}. Take "
+                "a rank well below the tokens of a microbatch and the widths of its layers, or "
+                "leave these out by a mask.",
+                stacklevel=2,
+            )
 
     def directions(
         self, factors: Sequence[LayerFactors], start: Start
@@ -178,6 +201,10 @@ class Intra:
         ]
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class ProjectIntraState(NamedTuple):
     """State of `project_intra`.
 
@@ -242,25 +269,17 @@ def project_intra(
     options = Intra(rank, shrinkage, power_iterations, orthonormalization, mask, seed)
 
     def init_fn(params: Any) -> ProjectIntraState:
-        del params
-        return ProjectIntraState(
+        state = ProjectIntraState(
             step=jnp.zeros((), jnp.int32),
             rng_key=jax.random.key_data(jax.random.key(seed)),
             projected_fraction=jnp.zeros((), jnp.float32),
             version=state_version(),
         )
+        return on_devices_of(params, state)
 
-    def update_fn(
-        updates: Any,
-        state: ProjectIntraState,
-        params: Any = None,
-        *,
-        scores: Any = None,
-        **extra: Any,
+    def project(
+        updates: Any, state: ProjectIntraState, scores: Any
     ) -> tuple[Any, ProjectIntraState]:
-        del params, extra
-        updates = jax.tree.map(jnp.asarray, updates)
-        _options.check_state(state, ProjectIntraState)
         matched = match_scores(updates, scores)
         projects = options.projects([(path, type(leaf)) for path, _, leaf in matched], updates)
         leaves = [spread(update, known_spec(leaf)) for _, update, leaf in matched]
@@ -269,6 +288,13 @@ def project_intra(
             for update, (_, _, leaf), project in zip(leaves, matched, projects, strict=True)
             if project and isinstance(leaf, LayerFactors)
         ]
+        options.warn_of_whole_gradients(
+            [
+                (path, leaf.rows("inputs").shape[-2], *leaf.matrix_shape)
+                for (path, _, leaf), project in zip(matched, projects, strict=True)
+                if project and isinstance(leaf, LayerFactors)
+            ]
+        )
 
         def remove(
             chosen: list[tuple[jax.Array, LayerFactors]],
@@ -306,5 +332,19 @@ def project_intra(
             step=optax.safe_increment(state.step), projected_fraction=fraction
         )
         return _options.with_leaves(updates, projected), new_state
+
+    project_as_one = compiled(project, shrinkage)
+
+    def update_fn(
+        updates: Any,
+        state: ProjectIntraState,
+        params: Any = None,
+        *,
+        scores: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, ProjectIntraState]:
+        del params, extra
+        check_state(state, ProjectIntraState)
+        return project_as_one(jax.tree.map(jnp.asarray, updates), state, scores)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

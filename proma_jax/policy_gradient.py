@@ -91,14 +91,23 @@ def group_relative_advantages(
     if not jnp.issubdtype(rewards.dtype, jnp.floating):
         rewards = rewards.astype(jnp.float32)
     (r,) = _compute_dtype(rewards)
+    size = _safe_power_of_two(jnp.max(jnp.abs(r), axis=-1, keepdims=True))
+    r = r / size  # exact, and then no square and no sum overflows
     r = r - r[..., :1]  # equal rewards become exact zeros before any rounding
     advantages = r - jnp.mean(r, axis=-1, keepdims=True)
-    if scale_by_std:
-        variance = jnp.sum(advantages**2, axis=-1, keepdims=True) / (r.shape[-1] - 1)
-        spread = variance > 0
-        std = jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1)), 1)
-        advantages = advantages / (std + epsilon)
-    return advantages.astype(rewards.dtype)
+    if not scale_by_std:
+        return (advantages * size).astype(rewards.dtype)
+    variance = jnp.sum(advantages**2, axis=-1, keepdims=True) / (r.shape[-1] - 1)
+    spread = variance > 0
+    std = jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1)), 1)
+    return (advantages / (std + epsilon / size)).astype(rewards.dtype)
+
+
+def _safe_power_of_two(x: jax.Array) -> jax.Array:
+    """A power of two that brings x ≥ 0 to where squares are safe; 1 for what is not a number."""
+    _, exponent = jnp.frexp(x)
+    most = 3 * jnp.finfo(x.dtype).maxexp // 4  # farther out the power's own inverse may be none
+    return jnp.ldexp(jnp.ones_like(x), jnp.clip(exponent, -most, most))
 
 
 def token_mean_coefficients(advantages: ArrayLike, total_tokens: ArrayLike) -> jax.Array:

@@ -8,7 +8,7 @@ the same at every scale. Solvers of P_S:
 * "ridge": Σ w_i ŝ_i with w = (ŝŝᵀ + ridge · I)⁻¹ ŝ G. Needs only `gram`, `dots` and `weighted_sum`;
   a direction of singular value σ keeps the fraction ridge / (σ² + ridge) of G.
 * "qr", "svd": the exact projection on the directions with σ > rtol · σ_max. What is left of G has
-  inner products of at most 1e-5 ‖G‖ with every ŝ_i. They hold one layer's b scores at a time.
+  inner products of at most 1e-5 ‖G‖ with every ŝ_i. They go through a leaf layer by layer.
 
 Equal, dependent and zero scores are harmless to all of them. NaN or infinity in a layer's scores or
 gradient makes that layer's result NaN: it is never hidden, and reaches no decomposition.

@@ -66,6 +66,12 @@ def contract(subscripts: str, *operands: Array) -> Array:
     return jnp.einsum(subscripts, *operands, precision=highest, preferred_element_type=dtype)
 
 
+def _aligned(weights: Array, tokens: Array) -> Array:
+    """(b,) or (*layers, b) weights as a factor of (*layers, b, tokens, d)."""
+    shape = (*weights.shape, 1, 1)
+    return weights.reshape((1,) * (tokens.ndim - len(shape)) + shape)
+
+
 def _per_sequence(weights: Array, like: Array) -> Array:
     """Appends axes to (..., b) weights whose leading axes are `like`'s, for broadcasting."""
     return weights.reshape(weights.shape + (1,) * (like.ndim - weights.ndim))
@@ -312,8 +318,13 @@ class LayerFactors(ScoreLeaf):
     input_group: int | None = None
     arrays = ("inputs", "output_grads")
 
-    def _one_layer_shape(self) -> tuple[int, ...]:
+    def _one_layer_shape(self) -> tuple[int, int]:
         return self.inputs.shape[-1], self.output_grads.shape[-1]
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(d_in, d_out) of one layer."""
+        return self._one_layer_shape()
 
     def tokens(self, name: str) -> Array:
         """The field as (*layers, b, tokens, d)."""
@@ -368,7 +379,7 @@ class LayerFactors(ScoreLeaf):
 
     def weighted_sum(self, weights: Array) -> Array:
         output_grads = wide(self.tokens("output_grads"))
-        weighted = output_grads * weights[..., None, None]
+        weighted = output_grads * _aligned(weights, output_grads)
         return contract("...bti,...bto->...io", self.tokens("inputs"), weighted)
 
     def dense(self) -> DenseScores:
@@ -452,7 +463,8 @@ class LookupFactors(ScoreLeaf):
         return jnp.sum(products, axis=(-2, -1))
 
     def weighted_sum(self, weights: Array) -> Array:
-        rows = wide(self._layers_first("output_grads")) * weights[..., None, None]
+        output_grads = wide(self._layers_first("output_grads"))
+        rows = output_grads * _aligned(weights, output_grads)
         width = rows.shape[-1]
 
         def one_layer(indices: Array, rows: Array) -> Array:
@@ -685,6 +697,7 @@ def match_scores(updates: Any, scores: Any) -> list[tuple[str, Array, ScoreLeaf 
             "arguments, as some of optax's wrappers do, and as `accumulate` does for its inner "
             "optimizer: put it outside of that, by optax.chain (docs/optax.md)."
         )
+    _check_no_pair(scores, updates)
     by_path = dict(jax.tree_util.tree_leaves_with_path(scores, is_leaf=_stands_for_leaf))
     update_leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_masked)
     paths = {path for path, _ in update_leaves}
@@ -723,6 +736,19 @@ def match_scores(updates: Any, scores: Any) -> list[tuple[str, Array, ScoreLeaf 
         sizes = ", ".join(f"{size} at scores{path}" for size, path in batch_sizes.items())
         raise ValueError(f"scores disagree on the number of sequences b: {sizes}.")
     return matched
+
+
+def _check_no_pair(scores: Any, like: Any = None) -> None:
+    """Raises a ValueError for all that `sequence_scores` returns in place of the scores."""
+    if not isinstance(scores, tuple) or len(scores) != 2 or isinstance(like, tuple):
+        return
+    first, second = (jax.tree.leaves(part, is_leaf=is_score_leaf) for part in scores)
+    has_scores = any(isinstance(leaf, ScoreLeaf) for leaf in second)
+    if has_scores and not any(isinstance(leaf, ScoreLeaf) for leaf in first):
+        raise ValueError(
+            "scores is a pair. sequence_scores(logprob_fn)(params, microbatch) returns "
+            "(logprobs, scores): give the second of the two."
+        )
 
 
 def _name(path: Any) -> str:
@@ -789,6 +815,7 @@ def weighted_sum(scores: Any, coefficients: Array) -> Any:
       >>> weighted_sum(scores, jnp.array([1.0, 10.0]))["w"].tolist()
       [31.0, 42.0]
     """
+    _check_no_pair(scores)
     coefficients = jnp.asarray(coefficients)
     if jnp.iscomplexobj(coefficients):
         raise ValueError(f"coefficients is {coefficients.dtype}, but must be real.")

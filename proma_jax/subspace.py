@@ -116,7 +116,8 @@ def dominant_directions(
 
     layers = matrices[0].shape[:-2]
     shape = (len(matrices), *layers, *start.shape)
-    bases = jnp.zeros_like(matrices[0], start.dtype, shape=shape) + start
+    zeros = jnp.zeros_like(matrices[0], start.dtype, shape=shape)
+    bases = zeros + jnp.expand_dims(start, range(zeros.ndim - start.ndim))
     bases = jax.lax.fori_loop(0, power_iterations, iterate, bases)
     return list(bases[..., :rank, :])
 
@@ -198,7 +199,8 @@ def _cholesky_pass(rows: jax.Array, shift: ArrayLike) -> jax.Array:
     gram = contract("...id,...jd->...ij", rows, rows)
     diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
     added = jnp.where(diagonal == 0, 1, shift * jnp.finfo(gram.dtype).eps)
-    shifted = gram + added[..., None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    shifted = gram + added[..., None] * identity
     factor = jnp.linalg.cholesky(shifted, symmetrize_input=False)
     return contract("...ij,...jd->...id", _inverse(factor), rows)
 
@@ -213,7 +215,8 @@ def _inverse(factor: jax.Array) -> jax.Array:
     blocks = 1 << (max(0, n - 1) // size).bit_length()
     padding = [(0, 0)] * (factor.ndim - 2) + [(0, blocks * size - n)] * 2
     padded = jnp.pad(factor, padding)
-    padded = padded + jnp.diag((jnp.arange(blocks * size) >= n).astype(factor.dtype))
+    outside = jnp.diag((jnp.arange(blocks * size) >= n).astype(factor.dtype))
+    padded = padded + jnp.broadcast_to(outside, padded.shape)
 
     def tiles(row: int, column: int, size: int, every: int) -> jax.Array:
         """(..., tiles, size, size): at (row, column) and every so many tiles down the diagonal."""

@@ -244,6 +244,18 @@ def test_skipped_microbatches_count_and_say_why():
     assert state.skip_state["should_skip"]
 
 
+def test_a_mean_leaves_out_skipped_microbatches_as_that_of_optax_does():
+    """None, one, both and the first of the two of a step: what is left is still a mean."""
+    grads, bad = {"w": jnp.full(2, 2.0)}, {"w": jnp.full(2, jnp.nan)}
+    tx = proma.accumulate(KEEP, 2, use_grad_mean=True, should_skip_update_fn=optax.skip_not_finite)
+    state, emitted = tx.init(grads), []
+    for updates in (grads, grads, grads, bad, bad, bad, bad, grads):
+        updates, state = tx.update(updates, state, scores={"w": None})
+        if proma.has_updated(state):
+            emitted.append(float(updates["w"][0]))
+    assert emitted == [2, 2, 0, 2]
+
+
 def test_extra_arguments_reach_the_inner_optimizer():
     def update(updates, state, params=None, *, scale, **extra):
         return jax.tree.map(lambda x: scale * x, updates), state
@@ -319,7 +331,10 @@ def test_an_unrolled_model_gives_what_its_scanned_twin_gives():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every_k_schedule": 0}, "every_k_schedule=0 must be a static int of at least 1"),
+        (
+            {"every_k_schedule": 0},
+            "every_k_schedule=0 must be at least 1: it is the number of microbatches",
+        ),
         ({"every_k_schedule": 2.0}, "every_k_schedule=2.0"),
         ({"solver": "lu"}, "solver='lu' must be one of 'ridge', 'qr', 'svd'"),
         ({"ridge": -1.0}, r"ridge=-1.0 must be a number in \[0, inf\]"),

@@ -47,7 +47,7 @@ def test_scores_of_another_structure_are_named(name):
     scores = {"w": FACTORS, "other": None}
     for wrong, message in [
         (None, "scores is None: pass update"),
-        ((logprobs, scores), r"scores\[0\] has no counterpart in updates"),
+        ((logprobs, logprobs), r"scores\[0\] has no counterpart in updates"),
         ([FACTORS, None], r"scores\[0\] has no counterpart in updates"),
         (lambda: scores, "scores has no counterpart in updates"),
         ("scores", "scores has no counterpart in updates"),
@@ -75,6 +75,28 @@ def test_coefficients_and_scores_of_a_weighted_sum_are_real():
         proma.weighted_sum({"w": jnp.ones((4, 2), int)}, jnp.ones(4))
     sums = [proma.weighted_sum({"w": FACTORS}, c)["w"] for c in ([1, 2, 3, 4], np.arange(1, 5))]
     assert_close(sums, [proma.weighted_sum({"w": FACTORS}, jnp.arange(1.0, 5))["w"]] * 2)
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_all_that_sequence_scores_returns_is_not_taken_for_the_scores(name):
+    pair = jnp.ones(4), {"w": FACTORS, "other": jnp.ones((4, 2))}
+    state = TRANSFORMATIONS[name].init(GRADS)
+    with pytest.raises(ValueError, match=r"scores is a pair.*give the second of the two"):
+        TRANSFORMATIONS[name].update(GRADS, state, scores=pair)
+    with pytest.raises(ValueError, match="scores is a pair"):
+        proma.weighted_sum(pair, jnp.ones(4))
+    with_aux = (pair[0], {"length": jnp.ones(4)}), pair[1]
+    with pytest.raises(ValueError, match="scores is a pair"):
+        proma.weighted_sum(with_aux, jnp.ones(4))
+
+
+def test_parameters_may_be_a_pair_themselves():
+    grads, scores = (jnp.ones((3, 2)), jnp.ones(2)), (FACTORS, jnp.ones((4, 2)))
+    updates, _ = proma.project_intra(rank=2).update(
+        grads, proma.project_intra(rank=2).init(grads), scores=scores
+    )
+    assert jax.tree.map(jnp.shape, updates) == ((3, 2), (2,))
+    assert jax.tree.map(jnp.shape, proma.weighted_sum(scores, jnp.ones(4))) == ((3, 2), (2,))
 
 
 # What works.

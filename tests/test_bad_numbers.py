@@ -318,3 +318,31 @@ def test_sequences_without_response_tokens_have_no_say(masked):
 
     kept = np.delete(np.arange(3), masked)
     assert_close(run(np.arange(3)), run(kept), 2e-5)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("settings", [{}, {"relative_bound": 0.5}, {"solver": "qr"}])
+def test_the_coefficient_of_a_sequence_without_tokens_has_no_say(settings, poison):
+    """In the gradient of scores, in the fused form, and in a loss."""
+    params = {name: normals(*shape) for name, shape in SHAPES.items()}
+    x, mask = normals(2, 3, 6, 4), jnp.ones((2, 3, 6)).at[:, 1].set(0)
+    batch = {"x": x, "mask": mask}
+    coefficients = jnp.array([[1.0, poison, 3.0], [-2.0, poison, 0.5]])
+    harmless = coefficients.at[:, 1].set(0)
+    _, scores = proma.sequence_scores(logprob_fn)(params, jax.tree.map(lambda x: x[0], batch))
+    sums = [proma.weighted_sum(scores, c[0]) for c in (coefficients, harmless)]
+    assert_close(*sums, 0)
+    gradient_fn = proma.accumulated_gradient(
+        logprob_fn, accumulation=proma.Accumulation(**settings), intra=proma.Intra(rank=1)
+    )
+    results = [gradient_fn(params, batch, c) for c in (coefficients, harmless)]
+    assert_close(*results, 0)
+    shown = proma.weighted_sum(scores, coefficients[0][jnp.array([1, 0, 2])])
+    assert not any(np.all(np.isfinite(x)) for x in jax.tree.leaves(shown))
+
+
+SHAPES = {"w": (4, 5), "v": (5, 3), "b": (3,)}
+
+
+def normals(*shape):
+    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)

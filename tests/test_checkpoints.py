@@ -69,7 +69,7 @@ def test_many_differences_are_counted():
 def test_another_version_is_named_with_the_cure(form):
     older = with_accumulation(version=jnp.int32(0))
     with pytest.raises(
-        ValueError, match=r"1\.1\.version is 0 there and 1 here.*Another version of"
+        ValueError, match=r"1\.1\.version is 0 there and 2 here.*Another version of"
     ):
         proma.check_restorable(form(older), state())
 
@@ -87,3 +87,12 @@ def test_the_version_stays():
     before = TX.init(PARAMS)
     _, after = TX.update(grads, before, PARAMS, scores=scores)
     proma.check_restorable(after, before)
+
+
+def test_a_version_of_the_users_own_is_a_leaf_like_others():
+    """Only our states' versions are judged by their values."""
+    saved, wanted = ({"version": jnp.int32(i), "tx": TX.init(PARAMS)} for i in range(2))
+    proma.check_restorable(saved, wanted)
+    saved["version"] = jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match=r"version has shape \(2,\) there and \(\) here$"):
+        proma.check_restorable(saved, wanted)

@@ -68,8 +68,8 @@ def agree(name, variant):
     gradient_fn = proma.accumulated_gradient(
         model.logprob_fn, accumulation=accumulation, intra=intra
     )
-    described = proma.describe_scores(*model)
-    if intra and "LayerFactors" not in described:
+    one = jax.tree.map(lambda x: x[0], model.microbatch)
+    if intra and "LayerFactors" not in proma.describe_scores(model.logprob_fn, model.params, one):
         with pytest.raises(ValueError, match="nothing to project"):
             gradient_fn(model.params, batch, coefficients)
         return

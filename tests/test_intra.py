@@ -1,6 +1,7 @@
 """`project_intra` against float64 NumPy on every layer, and its promises."""
 
 import functools
+import warnings
 
 import chex
 import jax
@@ -112,12 +113,30 @@ def test_other_leaves_pass_unchanged_and_no_shrinkage_changes_nothing():
     assert state.projected_fraction == 0
 
 
-def test_a_rank_that_covers_all_tokens_removes_everything():
+def test_a_rank_that_covers_all_tokens_removes_everything_and_is_warned_of():
     leaf = factors(np.random.default_rng(0), b=1, tokens=3, d_in=9, d_out=7)
     grads = proma.weighted_sum({"w": leaf}, jnp.ones(1))
-    projected, state = project(grads, {"w": leaf}, rank=5)
+    warning = r"Intra of rank 5 removes the whole gradient of \['w'\] \(3 tokens, 9 -> 7\)\."
+    with pytest.warns(UserWarning, match=warning):
+        projected, state = project(grads, {"w": leaf}, rank=5)
     assert jnp.linalg.norm(projected["w"]) < 1e-5 * jnp.linalg.norm(grads["w"])
     np.testing.assert_allclose(state.projected_fraction, 1, rtol=1e-5)
+
+
+def test_a_rank_that_covers_both_widths_is_warned_of_and_no_other_is():
+    def logprob_fn(params, x):
+        return jnp.sum(jnp.sin(x @ params["w"] @ params["v"]))
+
+    params = {"w": jnp.ones((5, 4)), "v": jnp.ones((4, 4))}
+    batch, coefficients = jnp.ones((2, 3, 6, 5)), jnp.ones((2, 3))
+    gradient_fn = proma.accumulated_gradient(logprob_fn, intra=proma.Intra(rank=4))
+    with pytest.warns(UserWarning, match=r"of \['v'\] \(18 tokens, 4 -> 4\)\."):
+        gradient_fn(params, batch, coefficients)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        proma.accumulated_gradient(logprob_fn, intra=proma.Intra(rank=3))(
+            params, batch, coefficients
+        )
 
 
 def test_projecting_twice_changes_nothing():
@@ -244,7 +263,7 @@ def as_numpy(leaf):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank=0 must be a static int of at least 1"),
+        ({"rank": 0}, "rank=0 must be at least 1: it is the dimension of the subspaces"),
         ({"rank": True}, "rank=True"),
         ({"rank": jnp.int32(3)}, "static_args"),
         ({"power_iterations": 0}, "power_iterations=0"),

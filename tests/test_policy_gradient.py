@@ -62,6 +62,19 @@ def test_advantages_match_float64(scale_by_std):
     chex.assert_trees_all_close(actual, jnp.float32(expected), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e19, 1e20, 1e30, 1e37])
+@pytest.mark.parametrize("scale_by_std", [True, False])
+def test_advantages_of_rewards_of_any_size_match_float64(scale, scale_by_std):
+    rewards = np.float32(scale * np.random.default_rng(1).normal(3.0, 2.0, (5, 8)))
+    expected = rewards - np.float64(rewards).mean(-1, keepdims=True)
+    if scale_by_std:
+        expected /= np.float64(rewards).std(-1, ddof=1, keepdims=True) + 1e-6
+    actual = pg.group_relative_advantages(jnp.asarray(rewards), scale_by_std=scale_by_std)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    largest = pg.group_relative_advantages(jnp.array([3e38, -3e38, 0.0]))
+    np.testing.assert_allclose(largest, [1, -1, 0], atol=1e-6)
+
+
 def test_advantages_by_hand():
     # Mean 1/4; sample variance (9 + 1 + 1 + 1) / 16 / 3 = 1/4, so the standard deviation is 1/2.
     actual = pg.group_relative_advantages(jnp.array([True, False, False, False]))

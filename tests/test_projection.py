@@ -214,6 +214,37 @@ def test_without_ridge_nearly_dependent_scores_add_nothing_to_the_gradient(close
     assert np.linalg.norm(rest) <= (1 + 1e-5) * np.linalg.norm(gradient)
 
 
+@pytest.mark.parametrize("kind", ["generic", "a zero score", "a dead layer", "no gradient", "tiny"])
+def test_only_scores_of_extreme_size_are_rescaled(kind, monkeypatch):
+    """An empty response or a dead layer must not cost more than others."""
+    rng, taken = np.random.default_rng(0), []
+    scores, gradient = DenseScores(normal(rng, 3, 2, 4, 5), num_layer_axes=1), normal(rng, 2, 4, 5)
+    match kind:
+        case "a zero score":
+            scores = DenseScores(scores.values.at[1].set(0), num_layer_axes=1)
+        case "a dead layer":
+            scores = DenseScores(scores.values.at[:, 1].set(0), num_layer_axes=1)
+        case "no gradient":
+            gradient = gradient.at[0].set(0)
+        case "tiny":
+            scores = DenseScores(scores.values * 1e-12, num_layer_axes=1)
+    expected = [
+        oracles.projection(g, s, "ridge")
+        for g, s in zip(gradient, np.moveaxis(np.float64(scores.values), 0, 1), strict=True)
+    ]
+    rescaled = DenseScores.rescaled
+
+    def noted(self):
+        jax.debug.callback(lambda: taken.append(1))
+        return rescaled(self)
+
+    monkeypatch.setattr(DenseScores, "rescaled", noted)
+    actual = jax.jit(lambda *arguments: removed_part(*arguments))(gradient, gradient, scores)
+    jax.effects_barrier()
+    assert len(taken) == (kind == "tiny")
+    np.testing.assert_allclose(actual, np.stack(expected), atol=1e-5)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("kind", ["dense", "factored"])
 def test_stacked_layers_are_projected_and_bounded_one_by_one(solver, kind):

@@ -166,6 +166,36 @@ def rebuild(inner: Body, fn: Callable[..., list[Any]]) -> Callable[..., list[Any
     return scanned
 
 
+def ends_in_a_mean(jaxpr: core.Jaxpr) -> bool:
+    """Whether a program's first result is seen to be a sum divided by how many it sums."""
+    eqn, jaxpr = _made_by(jaxpr, jaxpr.outvars[0])
+    if eqn is None or eqn.primitive.name != "div":
+        return False
+    (total, _), (count, _) = (_made_by(jaxpr, atom) for atom in eqn.invars)
+    if total is None or total.primitive.name != "reduce_sum":
+        return False
+    divisor = eqn.invars[1]
+    if isinstance(divisor, core.Var):
+        return count is not None and count.primitive.name in ("max", "reduce_sum")
+    return divisor.val == total.invars[0].aval.size > 1
+
+
+def _made_by(jaxpr: core.Jaxpr, atom: Any) -> tuple[core.JaxprEqn | None, core.Jaxpr]:
+    """The equation that a variable is made by, but for its type and shape, and its program."""
+    while isinstance(atom, core.Var):
+        eqn = next((eqn for eqn in jaxpr.eqns if atom in eqn.outvars), None)
+        if eqn is None:
+            break
+        inner = body(eqn)
+        if inner is not None and inner.kind != "scan":
+            jaxpr, atom = inner.jaxpr, inner.jaxpr.outvars[eqn.outvars.index(atom)]
+        elif eqn.primitive.name in ("convert_element_type", "reshape", "neg"):
+            atom = eqn.invars[0]
+        else:
+            return eqn, jaxpr
+    return None, jaxpr
+
+
 def is_narrow(jaxpr: core.Jaxpr) -> bool:
     """Whether a program computes anything in floating point of fewer than 32 bits."""
     return re.search(r"\b(bf16|f16|f8\w*)\[", str(jaxpr)) is not None

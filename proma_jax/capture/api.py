@@ -21,7 +21,7 @@ Example:
   >>> params = {"table": jnp.ones((7, 4)), "head": jnp.ones((4, 7)), "bias": jnp.zeros(7)}
   >>> microbatch = jnp.array([[1, 2, 3], [3, 4, 6]])
   >>> logprobs, scores = sequence_scores(logprob_fn)(params, microbatch)
-  >>> *table, note = describe_scores(logprob_fn, params, microbatch).splitlines()
+  >>> *table, note = describe_scores(logprob_fn, params, microbatch[0]).splitlines()
   >>> for line in table:
   ...     print(line)
   leaf       shape   scores         projected by         why
@@ -110,13 +110,12 @@ def sequence_scores(
     def of_all(params: Any, microbatch: Any) -> tuple[Any, Any]:
         specs = jax.tree.unflatten(jax.tree.structure(params), specs_of_leaves(param_specs, params))
         own = varying_like(without_batch_axes(params, microbatch), microbatch)
+        of_one = functools.partial(per_sequence, own)
         try:
-            outputs, scores = jax.vmap(per_sequence, (None, 0), spmd_axis_name=spmd_axis_name)(
-                own, microbatch
-            )
+            outputs, scores = jax.vmap(of_one, spmd_axis_name=spmd_axis_name)(microbatch)
         except NotImplementedError as error:
             warnings.warn(_ONE_BY_ONE.format(error), stacklevel=2)
-            outputs, scores = jax.lax.map(functools.partial(per_sequence, own), microbatch)
+            outputs, scores = jax.lax.map(of_one, microbatch)
         batch_axes = axis_names(spmd_axis_name)
 
         def on_mesh(leaf: Any, scores: ScoreLeaf, spec: PartitionSpec | None) -> ScoreLeaf:
@@ -127,7 +126,8 @@ def sequence_scores(
     def scores_fn(params: Any, microbatch: Any) -> tuple[Any, Any]:
         check_parameters(params)
         _check_microbatch(microbatch)
-        return of_all(jax.tree.map(jnp.asarray, params), microbatch)
+        with for_one_sequence(logprob_fn, params, microbatch):
+            return of_all(jax.tree.map(jnp.asarray, params), microbatch)
 
     return scores_fn
 
@@ -139,15 +139,21 @@ _ONE_BY_ONE = (
 
 
 def describe_scores(
-    logprob_fn: Callable[..., Any], params: Any, microbatch: Any, *, has_aux: bool = False
+    logprob_fn: Callable[..., Any],
+    params: Any,
+    sequence: Any,
+    *,
+    has_aux: bool = False,
+    batch_size: int = 8,
 ) -> str:
     """A table of each parameter leaf, what its scores are held as and why, and who projects it.
 
     Args:
       logprob_fn: as in `sequence_scores`.
       params: parameters, or their `jax.ShapeDtypeStruct`s: nothing is computed.
-      microbatch: sequences, with a leading axis b, or their `jax.ShapeDtypeStruct`s.
+      sequence: ONE sequence, or its `jax.ShapeDtypeStruct`s.
       has_aux: as in `sequence_scores`.
+      batch_size: b, how many such sequences a microbatch has. Default: 8, as published.
 
     Returns:
       The table as text, a line per leaf; see the example at the top of this module. "projected by"
@@ -159,14 +165,15 @@ def describe_scores(
       ValueError: as `sequence_scores`.
     """
     check_parameters(params)
-    _check_microbatch(microbatch)
-    whole, many = (jax.tree.map(_abstract, tree) for tree in (params, microbatch))
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), many)
-    batch_size = jax.tree.leaves(many)[0].shape[0]
-    program = trace(logprob_fn, whole, one, has_aux)
+    params, sequence = jax.tree.map(_abstract, (params, sequence))
+    microbatch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype), sequence
+    )
+    with for_one_sequence(logprob_fn, params, microbatch):
+        program = trace(logprob_fn, params, sequence, has_aux)
     rows = [("leaf", "shape", "scores", "projected by", "why")]
     unprojected = []
-    for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(whole)):
+    for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         name, kind = jax.tree_util.keystr(path) or "(root)", program.kind(index)
         scores, why = program.describe(index)
         size = batch_size * leaf.size * leaf.dtype.itemsize
@@ -185,7 +192,7 @@ def describe_scores(
         lines.append(_UNPROJECTED.format(", ".join(unprojected)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        jax.eval_shape(sequence_scores(logprob_fn, has_aux=has_aux), whole, many)
+        jax.eval_shape(sequence_scores(logprob_fn, has_aux=has_aux), params, microbatch)
     lines += [str(w.message) for w in caught if str(w.message).startswith(_ONE_BY_ONE[:20])]
     return "\n".join(lines)
 
@@ -245,11 +252,16 @@ def check_scores(
         b = jax.tree.leaves(microbatch)[0].shape[0]
         coefficients = jnp.array([i if i % 2 else -i for i in range(1, b + 1)], dtype)
 
-        def loss(params: Any) -> Array:
-            own = without_batch_axes(params, microbatch)
-            return jnp.sum(coefficients * jax.vmap(fn, (None, 0))(own, microbatch))
+        def loss(params: Any, mapped: Callable[..., Any]) -> Array:
+            of_one = functools.partial(fn, without_batch_axes(params, microbatch))
+            return jnp.sum(coefficients * mapped(of_one)(microbatch))
 
-        return weighted_sum(scores, coefficients), jax.grad(loss)(params)
+        try:
+            expected = jax.grad(loss)(params, jax.vmap)
+        except NotImplementedError:
+            one_by_one = functools.partial(functools.partial, jax.lax.map)
+            expected = jax.grad(loss)(params, one_by_one)
+        return weighted_sum(scores, coefficients), expected
 
     with jax.default_matmul_precision("highest"):
         traced = both.trace(params, microbatch)
@@ -285,11 +297,54 @@ def check_parameters(params: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         is_array = hasattr(leaf, "dtype") or isinstance(leaf, (float, int, complex))
         kind = jnp.result_type(leaf) if is_array else type(leaf).__name__
-        if not is_array or not jnp.issubdtype(kind, jnp.floating):
-            raise ValueError(
-                f"params{jax.tree_util.keystr(path)} is {kind}, but parameters must be floating "
-                "point: pass it in the sequence or close over it."
+        if is_array and jnp.issubdtype(kind, jnp.floating):
+            continue
+        cure = "Pass it in the sequence or close over it."
+        if not is_array:
+            cure = (
+                "Separate a module's parameters from the rest of it: "
+                "params, rest = eqx.partition(model, eqx.is_inexact_array), and in logprob_fn "
+                "eqx.combine(params, rest)."
             )
+        elif jnp.issubdtype(kind, jax.dtypes.prng_key) or jnp.issubdtype(kind, jnp.unsignedinteger):
+            cure = (
+                "If it is the state of a random number generator, separate it from the parameters: "
+                "graphdef, params, rest = nnx.split(model, nnx.Param, ...), and in logprob_fn "
+                "nnx.merge(graphdef, params, rest, copy=True). A random key that each sequence "
+                "needs, as for dropout, travels in the sequence."
+            )
+        raise ValueError(
+            f"params{jax.tree_util.keystr(path)} is {kind}, but parameters must be floating point. "
+            f"{cure}"
+        )
+
+
+@contextlib.contextmanager
+def for_one_sequence(logprob_fn: Callable[..., Any], params: Any, many: Any) -> Iterator[None]:
+    """Says of what is raised if it is because `logprob_fn` takes a whole microbatch.
+
+    Args:
+      logprob_fn: the user's function.
+      params: its parameters.
+      many: sequences with a leading axis b.
+    """
+    try:
+        yield
+    except Exception as error:
+        b = jax.tree.leaves(many)[0].shape[0]
+        try:
+            of_many = jax.eval_shape(logprob_fn, *jax.tree.map(_abstract, (params, many)))
+        except Exception:  # whatever is wrong with it, it is not that
+            raise error from None
+        values = of_many[0] if isinstance(of_many, tuple) else of_many
+        if getattr(values, "shape", None) != (b,):
+            raise
+        raise ValueError(
+            f"logprob_fn is written for a batch: of {b} sequences it makes ({b},) "
+            "log-probabilities, but it is called with one sequence, without the axis b, and must "
+            "return one number. A function for a batch of one will do: lambda params, sequence: "
+            "logprob_fn(params, jax.tree.map(lambda x: x[None], sequence))[0]."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ there that sees the gradients of the results of the whole group.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -325,6 +326,12 @@ def trace(logprob_fn: Callable[..., Any], params: Any, sequence: Any, has_aux: b
         raise ValueError(
             f"logprob_fn must return a floating point scalar for one sequence, got {value}. Sum "
             "the log-probabilities of the response tokens; other outputs need has_aux=True."
+        )
+    if _jaxpr.ends_in_a_mean(closed.jaxpr):
+        warnings.warn(
+            "logprob_fn ends in a mean. The log-probability of a sequence is the sum over its "
+            "response tokens; how they are weighed is a matter of the coefficients.",
+            stacklevel=2,
         )
     program = Program(closed, jax.tree.structure(shapes), len(jax.tree.leaves(params)))
     if program.hides_convolution and has_several_devices():

@@ -82,6 +82,7 @@ def _tapped_lookup(
     use: Use, lookup: Lookup, operands: Sequence[Any], probes: tuple[Array | None, Array]
 ) -> Array:
     """See `tapped`."""
+    is_reported = probes[0] is not None
 
     @jax.custom_vjp
     def tap(operands: Sequence[Any], probes: Any) -> Array:
@@ -92,8 +93,7 @@ def _tapped_lookup(
         return tap(operands, probes), operands[lookup.data]
 
     def backward_pass(indices: Array, result_grad: Array) -> tuple[None, Any]:
-        reported = None if probes[0] is None else _as_float(lookup, indices)
-        return None, (reported, result_grad)
+        return None, (_as_float(lookup, indices) if is_reported else None, result_grad)
 
     tap.defvjp(forward_pass, backward_pass)
     return tap(list(operands), probes)

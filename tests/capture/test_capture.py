@@ -2,12 +2,14 @@
 
 import itertools
 import re
+import warnings
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from proma_jax import (
@@ -192,9 +194,13 @@ EXPECTED = {
 }
 
 
+def first(microbatch):
+    return jax.tree.map(lambda x: x[0], microbatch)
+
+
 def described(model):
     """The rows of `describe_scores`: (leaf, shape, scores, projected by, why) of each leaf."""
-    table = describe_scores(model.logprob_fn, model.params, model.microbatch).splitlines()
+    table = describe_scores(model.logprob_fn, model.params, first(model.microbatch)).splitlines()
     return [re.split("  +", line) for line in table[1 : 1 + len(jax.tree.leaves(model.params))]]
 
 
@@ -362,8 +368,8 @@ def test_aux_comes_with_the_log_probabilities():
     chex.assert_trees_all_equal(
         aux, {"w": jnp.stack([model.params["w"]] * 4), "last": model.microbatch[:, -1], "n": None}
     )
-    table = describe_scores(logprob_fn, model.params, model.microbatch, has_aux=True)
-    assert table == describe_scores(model.logprob_fn, model.params, model.microbatch)
+    table = describe_scores(logprob_fn, model.params, model.microbatch[0], has_aux=True)
+    assert table == describe_scores(model.logprob_fn, model.params, model.microbatch[0])
     check_scores(logprob_fn, model.params, model.microbatch, has_aux=True)
 
 
@@ -568,8 +574,8 @@ def test_what_cannot_be_mapped_is_taken_one_by_one():
         logprobs, scores = sequence_scores(logprob_fn)(w, x)
     expected = sequence_scores(lambda w, x: jnp.sum(jnp.sin(x @ w)))(w, x)
     chex.assert_trees_all_close((logprobs, scores), expected, atol=1e-6)
-    assert "taken one after the other" in describe_scores(logprob_fn, w, x)
-    assert "one after the other" not in describe_scores(lambda w, x: jnp.sum(x @ w), w, x)
+    assert "taken one after the other" in describe_scores(logprob_fn, w, x[0])
+    assert "one after the other" not in describe_scores(lambda w, x: jnp.sum(x @ w), w, x[0])
     with pytest.raises(NotImplementedError, match="no rule for sines") as raised:
         accumulated_gradient(logprob_fn)(w, x[None], jnp.ones((1, BATCH)))
     assert any(
@@ -583,6 +589,7 @@ def test_a_mixture_of_experts_by_ragged_products_has_its_scores():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, TOKENS, WIDTH)), jnp.float32)
     _, scores = sequence_scores(with_ragged_products)(params, x)
     assert isinstance(scores["w"], DenseScores)
+    check_scores(with_ragged_products, params, x)
     expected = [jax.grad(with_ragged_products)(params, one) for one in x]
     for coefficients, want in zip(np.eye(BATCH, dtype=np.float32), expected, strict=True):
         chex.assert_trees_all_close(weighted_sum(scores, coefficients), want, atol=1e-5)
@@ -593,7 +600,7 @@ def test_a_mixture_of_experts_by_ragged_products_has_its_scores():
 
 def test_description_of_abstract_values():
     model = MODELS["scan"]()
-    abstract = jax.eval_shape(lambda: (model.params, model.microbatch))
+    abstract = jax.eval_shape(lambda: (model.params, model.microbatch[0]))
     assert describe_scores(model.logprob_fn, *abstract) == (
         "leaf            shape      scores         projected by         why\n"
         "['embed']       (9, 4)     LookupFactors  neither              6 tokens, 9 rows of 4\n"
@@ -605,7 +612,7 @@ def test_description_of_abstract_values():
         "looked up are not by default, be they embeddings, tied embeddings, or heads that are read "
         "by their targets."
     )
-    alone = describe_scores(lambda w, x: x @ w, jnp.ones(3), jnp.ones((2, 3))).splitlines()
+    alone = describe_scores(lambda w, x: x @ w, jnp.ones(3), jnp.ones(3)).splitlines()
     assert alone[1:] == ["(root)  (3,)   LayerFactors  accumulation, intra  1 token, 3 -> 1"]
 
 
@@ -614,7 +621,7 @@ def test_a_table_with_lookups_and_products_is_said_to_need_a_mask(name):
     model, leaf = MODELS[name](), {"tied_embedding": "embed"}.get(name, "head")
     row = next(row for row in described(model) if row[0] == f"['{leaf}']")
     assert row[2:4] == ["LookupFactors + LayerFactors", "neither"]
-    table = describe_scores(model.logprob_fn, model.params, model.microbatch)
+    table = describe_scores(model.logprob_fn, model.params, model.microbatch[0])
     assert re.search(rf"Not projected unless accumulate.*mask.*\['{leaf}'\]", table)
 
 
@@ -622,9 +629,13 @@ def test_large_dense_scores_are_described_with_their_size():
     def logprob_fn(w, x):
         return jnp.sum(x @ (w @ w))
 
-    for width, size in [(500, ""), (2000, "; 128.0 MB for 8 sequences")]:
-        w = jax.ShapeDtypeStruct((width, width), jnp.float32)
-        table = describe_scores(logprob_fn, w, jax.ShapeDtypeStruct((8, 3, width), jnp.float32))
+    for width, b, size in [
+        (500, 8, ""),
+        (2000, 8, "; 128.0 MB for 8 sequences"),
+        (2000, 16, "; 256.0 MB for 16 sequences"),
+    ]:
+        w, x = (jax.ShapeDtypeStruct((n, width), jnp.float32) for n in (width, 3))
+        table = describe_scores(logprob_fn, w, x, batch_size=b)
         assert table.endswith(f"used by dot_general{size}")
 
 
@@ -692,7 +703,7 @@ def total(params, x):
             r"must return \(scalar, aux\)",
         ),
         (
-            lambda: describe_scores(lambda p, x: (p * x, x), 1.0, jnp.ones((2, 3)), has_aux=True),
+            lambda: describe_scores(lambda p, x: (p * x, x), 1.0, jnp.ones(2), has_aux=True),
             "floating point scalar",
         ),
     ],
@@ -700,6 +711,95 @@ def total(params, x):
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("leaf", "cure"),
+    [
+        (jax.nn.relu, r"params\['n'\] is .*eqx.partition\(model, eqx.is_inexact_array\)"),
+        (jax.random.key(0), r"key<fry>.*nnx.split\(model, nnx.Param, ...\).*copy=True"),
+        (jnp.uint32(3), r"uint32.*nnx.split\(model, nnx.Param, ...\).*travels in the sequence"),
+        (jnp.int32(3), r"int32.*Pass it in the sequence or close over it"),
+    ],
+)
+def test_whole_modules_are_refused_with_the_cure(leaf, cure):
+    with pytest.raises(ValueError, match=cure):
+        sequence_scores(total)({"w": jnp.ones(3), "n": leaf}, jnp.ones((2, 3)))
+
+
+def with_random_state(rngs):
+    return nnx.Sequential(nnx.Linear(WIDTH, WIDTH, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+
+
+def test_the_cure_for_random_state_works():
+    model = with_random_state(nnx.Rngs(0))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def logprob_fn(params, x):
+        return jnp.sum(jnp.tanh(nnx.merge(graphdef, params, rest, copy=True)(x)))
+
+    x = jnp.ones((BATCH, TOKENS, WIDTH))
+    check_scores(logprob_fn, params, x)
+    with pytest.raises(ValueError, match=r"copy=True"):
+        sequence_scores(logprob_fn)(nnx.split(model)[1], x)
+
+
+@pytest.mark.parametrize(
+    "batched",
+    [
+        lambda w, x: jnp.sum(jnp.einsum("bti,io->bto", x, w), axis=(1, 2)),
+        lambda w, x: jnp.sum(x @ w, axis=-1)[:, 0],
+    ],
+)
+def test_a_function_for_a_batch_is_refused_with_the_cure(batched):
+    w, x = jnp.ones((WIDTH, 3)), jnp.ones((BATCH, TOKENS, WIDTH))
+    coefficients = jnp.ones((1, BATCH))
+    for call in (
+        lambda fn: sequence_scores(fn)(w, x),
+        lambda fn: describe_scores(fn, w, x[0], batch_size=BATCH),
+        lambda fn: accumulated_gradient(fn)(w, x[None], coefficients),
+    ):
+        with pytest.raises(ValueError, match=r"written for a batch: of 4 sequences.*batch of one"):
+            call(batched)
+        call(lambda w, x: batched(w, jax.tree.map(lambda x: x[None], x))[0])
+    with pytest.raises(ValueError, match="written for a batch"):
+        sequence_scores(lambda w, x: (batched(w, x), x), has_aux=True)(w, x)
+
+
+def test_other_errors_of_the_function_stay_what_they_are():
+    def logprob_fn(w, x):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        sequence_scores(logprob_fn)(jnp.ones(3), jnp.ones((2, 3)))
+
+
+MEANS = {
+    "mean": lambda logprobs, mask: logprobs.mean(),
+    "sum over a count": lambda logprobs, mask: (logprobs * mask).sum() / mask.sum(),
+    "with at least one": lambda logprobs, mask: (
+        -((logprobs * mask).sum() / jnp.maximum(mask.sum(), 1))
+    ),
+    "jitted": lambda logprobs, mask: jax.jit(jnp.mean)(logprobs),
+    "masked": lambda logprobs, mask: jnp.mean(logprobs, where=mask > 0),
+}
+SUMS = {
+    "sum": lambda logprobs, mask: (logprobs * mask).sum(),
+    "tempered": lambda logprobs, mask: logprobs.sum() / 0.7,
+    "sum of means": lambda logprobs, mask: (logprobs / TOKENS).sum(),
+}
+
+
+@pytest.mark.parametrize("name", MEANS | SUMS)
+def test_means_are_warned_of_where_they_are_seen(name):
+    def logprob_fn(w, x):
+        return (MEANS | SUMS)[name](jnp.tanh(x @ w), (x[:, 0] > 0).astype(jnp.float32))
+
+    arguments = jnp.ones(WIDTH), jnp.ones((2, TOKENS, WIDTH))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sequence_scores(logprob_fn)(*arguments)
+    assert [str(w.message)[:26] for w in caught] == ["logprob_fn ends in a mean."] * (name in MEANS)
 
 
 def endless(params, x):

@@ -1,0 +1,72 @@
+"""What the states of both transformations share: a version, their devices, and one program."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+F = TypeVar("F", bound=Callable[..., Any])
+State = TypeVar("State")
+
+STATE_VERSION = 2
+
+
+def state_version() -> jax.Array:
+    """() int32, what new states carry."""
+    return jnp.asarray(STATE_VERSION, jnp.int32)
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Raises a ValueError unless a state is of the kind that `init` makes."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"state is of type {type(state).__name__}, but must be the {kind.__name__} that `init` "
+            "makes; one from a checkpoint must be restored as such."
+        )
+
+
+def on_devices_of(params: Any, state: State) -> State:
+    """A state whose arrays are all committed to the parameters' devices, if these are.
+
+    Restored parameters are committed to devices, while zeros are not. An update would be compiled
+    for this mixture, and again for its own results.
+    """
+
+    def is_concrete(x: Any) -> bool:
+        return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+
+    shardings = [x.sharding for x in jax.tree.leaves(params) if is_concrete(x) and x.committed]
+    if not shardings or not shardings[0].is_fully_addressable:
+        return state
+    whole = shardings[0]
+    if isinstance(whole, NamedSharding):
+        whole = NamedSharding(whole.mesh, PartitionSpec())
+
+    def placed(x: Any) -> Any:
+        return jax.device_put(x, whole) if is_concrete(x) and not x.committed else x
+
+    return jax.tree.map(placed, state)
+
+
+def compiled(update: F, *numbers: Any) -> F:
+    """An update as one program, which also eager calls compile once, unless it closes over arrays.
+
+    `optax.inject_hyperparams` makes a new transformation for every update, of numbers that are
+    arrays: that would be compiled every time.
+    """
+    if any(isinstance(x, (jax.Array, np.ndarray)) for x in numbers):
+        return update
+    as_one = jax.jit(update)
+
+    def call(*arguments: Any) -> Any:
+        """Also takes what is no array, such as a function for a line search: not compiled then."""
+        leaves = jax.tree.leaves(arguments)
+        are_arrays = all(
+            isinstance(x, (jax.Array, np.ndarray, np.generic, float, int)) for x in leaves
+        )
+        return as_one(*arguments) if are_arrays else update(*arguments)
+
+    return call  # type: ignore[return-value]

@@ -13,10 +13,14 @@ Example:
     array([1., 0.], dtype=float32)
 """
 
-import dataclasses
 import functools
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from experiments import checked
 
 PAD, END = 0, 1
 CHARACTERS = "0123456789+="
@@ -25,23 +29,34 @@ VOCAB_SIZE = 2 + len(CHARACTERS)
 _TOKEN_OF = {character: 2 + i for i, character in enumerate(CHARACTERS)}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=checked.CONFIG)
 class Addition:
     """The task: which problems there are, and how they read as tokens."""
 
-    digits: int = 2
-    """Most digits of an operand; operands are drawn from 0 to 10^digits - 1."""
-    validation_problems: int = 512
+    digits: Annotated[int, Field(ge=1, le=4)] = 2
+    """Most digits of an operand; operands are drawn from 0 to 10^digits - 1. At 4, the most, a list
+    of all problems takes 0.8 GB."""
+    validation_problems: checked.Count = 512
     """Problems held out for validation."""
-    seed: int = 0
+    seed: checked.Seed = 0
     """Seed of the split into training and validation problems."""
 
     def __post_init__(self):
-        if not 0 < self.validation_problems < 10 ** (2 * self.digits):
+        if self.training_problems < 1:
             raise ValueError(
-                f"validation_problems={self.validation_problems} must leave some of the "
-                f"{10 ** (2 * self.digits)} problems with digits={self.digits} for training"
+                f"validation_problems={self.validation_problems} must be fewer than the "
+                f"{self._problem_count} problems with digits={self.digits}: the others are for "
+                "training"
             )
+
+    @property
+    def _problem_count(self) -> int:
+        return 10 ** (2 * self.digits)
+
+    @property
+    def training_problems(self) -> int:
+        """Problems that are not held out."""
+        return self._problem_count - self.validation_problems
 
     @property
     def prompt_width(self) -> int:
@@ -55,7 +70,7 @@ class Addition:
 
     @functools.cached_property
     def _problems(self) -> np.ndarray:
-        return np.random.default_rng(self.seed).permutation(10 ** (2 * self.digits))
+        return np.random.default_rng(self.seed).permutation(self._problem_count)
 
     def _prompts(self, problems: np.ndarray) -> list[str]:
         left, right = np.divmod(problems, 10**self.digits)

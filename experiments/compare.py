@@ -1,25 +1,27 @@
 """`python -m experiments.compare`: all methods from one start, then the table and the figures."""
 
-import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Annotated
 
-import tyro
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
-from experiments import figures, preemption, records, report, warm_start
+from experiments import checked, command_line, figures, preemption, records, report, warm_start
 from experiments.methods import MethodName
-from experiments.training import RunConfig, TrainingConfig, update_norms
+from experiments.training import RunConfig, TrainingConfig, check_together, update_norms
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=checked.CONFIG)
 class Command:
     """Trains all methods from one warm start, with the same prompts and seeds, and compares them.
 
-    Run again, it goes on where it was interrupted, and takes finished runs as they are.
+    Run again, it goes on where it was interrupted, and takes finished runs as they are. Results go
+    to runs/compare in the current folder, the warm start to runs/warm_start.
     """
 
-    methods: tuple[MethodName, ...] = (
+    methods: Annotated[tuple[MethodName, ...], Field(min_length=1)] = (
         "reinforce",
         "grpo",
         "proma_accumulation",
@@ -28,7 +30,7 @@ class Command:
     )
     """Which methods. grpo_matched is GRPO with every update rescaled to the norm of the
     proma_accumulation run's, which must come before it."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[checked.Seed, ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds of prompts, sampling and shuffling; every method runs once with each."""
     directory: pathlib.Path = pathlib.Path("runs/compare")
     """Where runs go, each to <method>/seed_<seed>, and the figures."""
@@ -38,19 +40,28 @@ class Command:
     training: TrainingConfig = TrainingConfig()
 
     def __post_init__(self):
-        if not self.methods or not self.seeds:
-            raise ValueError(f"{self.methods=} and {self.seeds=} must not be empty")
+        checked.check_distinct("methods", self.methods)
+        checked.check_distinct("seeds", self.seeds)
+        check_together(self.methods, self.start, self.training)
         order = {method: place for place, method in enumerate(self.methods)}
         last = len(order)
         if order.get("proma_accumulation", last) > order.get("grpo_matched", last):
-            raise ValueError(f"{self.methods=}: grpo_matched needs proma_accumulation before it")
+            raise ValueError(
+                f"methods={self.methods} must name proma_accumulation before grpo_matched, which "
+                "takes on its update norms"
+            )
 
 
 def main(command: Command) -> None:
     """Runs the command."""
-    records.check_writable(command.directory)
+    runs = [_directory(command, name, seed) for name in command.methods for seed in command.seeds]
+    records.check_writable(command.start_directory, command.directory / "figures", *runs)
     with preemption.handled() as stopping:
         _compare(command, stopping)
+
+
+def _directory(command: Command, method: MethodName, seed: int) -> pathlib.Path:
+    return command.directory / method / f"seed_{seed}"
 
 
 def _compare(command: Command, stopping: Callable[[], bool]) -> None:
@@ -59,12 +70,13 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
     graphdef, params = report.start(command.start, command.start_directory, stopping)
     results: figures.Results = {method: [] for method in command.methods}
     for seed in command.seeds:
-        directory_of = {name: command.directory / name / f"seed_{seed}" for name in command.methods}
-        for method, directory in directory_of.items():
+        for method in command.methods:
             norms: tuple[float, ...] = ()
             if method == "grpo_matched":
-                norms = update_norms(directory_of["proma_accumulation"])
+                matched = _directory(command, "proma_accumulation", seed)
+                norms = update_norms(matched, command.training.steps)
             config = RunConfig(method, seed, command.start, command.training, norms)
+            directory = _directory(command, method, seed)
             rows = report.train(config, graphdef, params, directory, stopping)
             results[method].append(rows)
     report.terminal.print(report.summary(results))
@@ -78,4 +90,4 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Command, prog="python -m experiments.compare"))
+    command_line.run(Command, main, "python -m experiments.compare")

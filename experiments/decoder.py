@@ -17,37 +17,39 @@ Example:
     (5, 11)
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from pydantic.dataclasses import dataclass
+
+from experiments import checked
 
 LayerCache = tuple[jax.Array, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=checked.CONFIG)
 class DecoderConfig:
     """The shape of a decoder."""
 
-    vocab_size: int = 14
+    vocab_size: checked.Count = 14
     """Rows of the embedding table."""
-    width: int = 96
+    width: checked.Count = 96
     """Features of the residual stream."""
-    layers: int = 2
+    layers: checked.Count = 2
     """Number of blocks."""
-    heads: int = 4
+    heads: checked.Count = 4
     """Query heads."""
-    kv_heads: int = 2
+    kv_heads: checked.Count = 2
     """Key and value heads; each serves heads / kv_heads query heads."""
-    head_dim: int = 24
+    head_dim: checked.Count = 24
     """Features of one head; even, because rotary positions turn pairs of features."""
-    hidden: int = 256
+    hidden: checked.Count = 256
     """Features inside the SwiGLU feed-forward."""
-    rope_theta: float = 10_000.0
+    rope_theta: checked.Positive = 10_000.0
     """Base of the rotary wavelengths."""
-    norm_epsilon: float = 1e-6
+    norm_epsilon: checked.Positive = 1e-6
     """Added to the mean square inside every RMSNorm."""
     tied_head: bool = True
     """Whether the output head is the embedding table."""
@@ -57,6 +59,12 @@ class DecoderConfig:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even")
+
+    @property
+    def narrowest(self) -> int:
+        """The least number of inputs or outputs of any matrix but the embedding table."""
+        sizes = [self.width, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden]
+        return min(sizes if self.tied_head else [*sizes, self.vocab_size])
 
 
 class KVCache(NamedTuple):

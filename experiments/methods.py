@@ -4,43 +4,44 @@ Everything else (rollouts, advantages, weights, microbatches, clipping, AdamW) i
 Clipping and AdamW sit inside the accumulation, where they see the whole optimizer step's gradient.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 import proma_jax as proma
-from experiments import sampling
+from experiments import checked, sampling
 from proma_jax import policy_gradient as pg
 
 MethodName = Literal["reinforce", "grpo", "grpo_matched", "proma_accumulation", "proma_intra"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=checked.CONFIG)
 class MethodConfig:
     """Settings of the optimizer and of each method."""
 
-    learning_rate: float = 1e-4
+    learning_rate: checked.Positive = 1e-4
     """Of AdamW, constant and the same for all methods."""
-    max_gradient_norm: float = 1.0
+    max_gradient_norm: checked.Positive = 1.0
     """The whole step's gradient is clipped to this global norm."""
-    clip: float = 0.2
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """grpo: the likelihood ratio counts between 1 - clip and 1 + clip."""
-    shrinkage: float = 1.0
+    shrinkage: checked.Fraction = 1.0
     """proma: the fraction of the projection that is removed."""
-    ridge: float = 1e-2
+    ridge: checked.NotNegative = 1e-2
     """proma_accumulation: added to the Gram matrix of the unit-norm scores."""
-    relative_bound: float | None = 0.5
+    relative_bound: checked.NotNegative | None = 0.5
     """proma_accumulation: the removed part is at most this many times as long as the microbatch's
     gradient; None leaves it unbounded, the paper's Algorithm 1."""
-    skip_fraction: float = 0.5
+    skip_fraction: checked.Fraction = 0.5
     """proma_accumulation: nothing is removed during this first fraction of the microbatches."""
-    rank: int = 2
+    rank: checked.Count = 2
     """proma_intra: dimension of the subspaces of inputs and output gradients, which means something
     only beside the layers' widths and the tokens of a microbatch. At 2 a layer's gradient loses
     about a tenth of its length here, as the published runs did at 10."""

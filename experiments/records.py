@@ -47,6 +47,10 @@ State = TypeVar("State")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "proma_jax")
 
 
+class Failure(Exception):
+    """What a user can mend: its message, of one or two lines, says what is wrong and what to do."""
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -109,16 +113,22 @@ def _writing(directory: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(
+        raise Failure(
             f"{directory} cannot be written: {error}. Make it writable or choose another directory."
         ) from error
 
 
-def check_writable(directory: pathlib.Path) -> None:
-    """Makes the directory if it is not there; an OSError if no file can be made in it."""
-    with _writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
+def check_writable(*directories: pathlib.Path) -> None:
+    """Makes sure, without leaving a trace, that files can be made in directories yet to be made.
+
+    Raises:
+        Failure: one cannot be made or written.
+    """
+    for directory in directories:
+        with _writing(directory):
+            here = directory.absolute()
+            existing = next(path for path in (here, *here.parents) if path.exists())
+            tempfile.TemporaryFile(dir=existing).close()
 
 
 def _try_lock(file: TextIO) -> bool:
@@ -159,8 +169,7 @@ class Run:
 
     Raises:
         Preempted: `stopping` said so.
-        ValueError: the directory holds a run with other settings.
-        OSError: the directory cannot be written.
+        Failure: the directory holds a run with other settings, or cannot be written.
     """
 
     def __init__(
@@ -179,7 +188,7 @@ class Run:
                 _replace(path, json.dumps(settings, indent=2) + "\n")
             differences = _differences(json.loads(path.read_text()), settings)
             if differences:
-                raise ValueError(
+                raise Failure(
                     f"{directory} holds a run with other settings ({'; '.join(differences)}). "
                     "Choose another directory, or delete this one."
                 )
@@ -213,7 +222,7 @@ class Run:
             state: the state to start from; also says the structure, dtypes and shardings.
 
         Raises:
-            ValueError: the checkpoint does not fit `state`.
+            Failure: the checkpoint does not fit `state`.
         """
         step = self.step
         if step is None:
@@ -224,7 +233,7 @@ class Run:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(target))
             proma.check_restorable(restored, state)
         except ValueError as error:
-            raise ValueError(
+            raise Failure(
                 f"{self.directory / 'checkpoints' / str(step)} cannot be restored: {error}. Start "
                 "in another directory, or go on with the git_commit that "
                 f"{self.directory / 'environment.json'} names."
@@ -238,14 +247,14 @@ class Run:
             state: what checkpoints will hold.
 
         Raises:
-            OSError: the directory cannot be written, or has no room for the checkpoints.
+            Failure: the directory cannot be written, or has no room for the checkpoints.
         """
         step = self.step
         copies = 2 if step is None else 1  # an old and a new checkpoint exist at a time
         needed = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            raise OSError(
+            raise Failure(
                 f"{self.directory} has no room for checkpoints: {needed:,} bytes needed, {free:,} "
                 "free. Free some space or choose another directory."
             )

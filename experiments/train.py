@@ -1,25 +1,29 @@
 """`python -m experiments.train`: one method alone, from the warm start."""
 
-import dataclasses
 import pathlib
 
-import tyro
+from pydantic.dataclasses import dataclass
 
-from experiments import preemption, records, report, warm_start
+from experiments import checked, command_line, preemption, records, report, warm_start
 from experiments.methods import MethodName
 from experiments.training import RunConfig, TrainingConfig, update_norms
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=checked.CONFIG)
 class Command:
-    """Trains one method from the warm start. Run again, it goes on where it was interrupted."""
+    """Trains one method from the warm start. Run again, it goes on where it was interrupted.
+
+    Results go to runs/train/<method>/seed_<seed> in the current folder, the warm start to
+    runs/warm_start.
+    """
 
     method: MethodName
     """Which method to train with."""
-    seed: int = 0
+    seed: checked.Seed = 0
     """Of prompts, sampling and shuffling."""
     match: pathlib.Path | None = None
-    """grpo_matched: the directory of the finished run whose update norms it takes on."""
+    """grpo_matched: the folder of the run whose update norms it takes on, of as many steps or
+    more."""
     directory: pathlib.Path = pathlib.Path("runs/train")
     """Where runs go, each to <method>/seed_<seed>."""
     start_directory: pathlib.Path = pathlib.Path("runs/warm_start")
@@ -27,13 +31,27 @@ class Command:
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
     training: TrainingConfig = TrainingConfig()
 
+    def __post_init__(self):
+        if (self.match is not None) != (self.method == "grpo_matched"):
+            raise ValueError(
+                f"match={self.match} with method={self.method}: grpo_matched needs the folder of "
+                "the run to match, and no other method takes one"
+            )
+        self.run_config()
+
+    def run_config(self) -> RunConfig:
+        """The settings of the run, with what it takes from the run to match."""
+        norms: tuple[float, ...] = ()
+        if self.match is not None:
+            norms = update_norms(self.match, self.training.steps)
+        return RunConfig(self.method, self.seed, self.start, self.training, norms)
+
 
 def main(command: Command) -> None:
     """Runs the command."""
-    records.check_writable(command.directory)
-    norms = () if command.match is None else update_norms(command.match)
-    config = RunConfig(command.method, command.seed, command.start, command.training, norms)
+    config = command.run_config()
     directory = command.directory / command.method / f"seed_{command.seed}"
+    records.check_writable(directory, command.start_directory)
     report.settings(config.training, config.start)
     with preemption.handled() as stopping:
         graphdef, params = report.start(config.start, command.start_directory, stopping)
@@ -43,4 +61,4 @@ def main(command: Command) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Command, prog="python -m experiments.train"))
+    command_line.run(Command, main, "python -m experiments.train")

@@ -6,40 +6,41 @@ shuffle depend on the seed and the batch alone, so they are the same for every m
 resumed after any of its steps equals the uninterrupted one.
 """
 
-import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
-from experiments import methods, records, sampling, warm_start
+from experiments import checked, methods, records, sampling, warm_start
 from proma_jax import policy_gradient as pg
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=checked.CONFIG)
 class TrainingConfig:
     """Settings of a run that are the same for all methods."""
 
-    steps: int = 40
+    steps: checked.Count = 40
     """Optimizer steps."""
-    prompts: int = 128
+    prompts: checked.Count = 128
     """Prompts in a rollout batch."""
-    group_size: int = 8
-    """Responses sampled to each prompt."""
-    steps_per_batch: int = 2
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Responses sampled to each prompt; rewards count relative to their mean."""
+    steps_per_batch: checked.Count = 2
     """Optimizer steps per rollout batch; each takes its share of the prompts."""
-    microbatch_size: int = 8
+    microbatch_size: checked.Count = 8
     """Sequences in a microbatch."""
-    validation_every: int = 4
+    validation_every: checked.Count = 4
     """Optimizer steps between two greedy validations."""
-    checkpoint_every: int = 10
+    checkpoint_every: checked.Count = 10
     """Optimizer steps between two checkpoints."""
     method: methods.MethodConfig = methods.MethodConfig()
 
@@ -55,9 +56,9 @@ class TrainingConfig:
             )
         if self.sequences_per_step % self.microbatch_size:
             raise ValueError(
-                f"the {self.sequences_per_step} sequences of an optimizer step (prompts * "
-                f"group_size / steps_per_batch) must be a multiple of "
-                f"microbatch_size={self.microbatch_size}"
+                f"microbatch_size={self.microbatch_size} must divide the {self.sequences_per_step} "
+                f"sequences of an optimizer step, which are prompts={self.prompts} times "
+                f"group_size={self.group_size} over steps_per_batch={self.steps_per_batch}"
             )
 
     @property
@@ -71,20 +72,41 @@ class TrainingConfig:
         return self.sequences_per_step // self.microbatch_size
 
 
-@dataclasses.dataclass(frozen=True)
+def check_together(
+    names: Sequence[methods.MethodName],
+    start: warm_start.WarmStartConfig,
+    training: TrainingConfig,
+) -> None:
+    """Raises a ValueError if the methods cannot be trained from this start with these settings."""
+    task, rank, narrowest = start.task, training.method.rank, start.decoder.narrowest
+    if training.prompts > task.training_problems:
+        raise ValueError(
+            f"training.prompts={training.prompts} must be at most {task.training_problems}, the "
+            f"training problems with start.task.digits={task.digits} and "
+            f"start.task.validation_problems={task.validation_problems}"
+        )
+    if "proma_intra" in names and rank > narrowest:
+        raise ValueError(
+            f"training.method.rank={rank} must be at most {narrowest}, the inputs or outputs of "
+            "the decoder's narrowest matrix"
+        )
+
+
+@dataclass(frozen=True, config=checked.CONFIG)
 class RunConfig:
     """All that a run's results depend on."""
 
     method: methods.MethodName
     """Which method to train with."""
-    seed: int = 0
+    seed: checked.Seed = 0
     """Of prompts, sampling and shuffling."""
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
     training: TrainingConfig = TrainingConfig()
-    update_norms: tuple[float, ...] = ()
+    update_norms: tuple[checked.NotNegative, ...] = ()
     """grpo_matched: the global norm that each optimizer step's update is rescaled to."""
 
     def __post_init__(self):
+        check_together([self.method], self.start, self.training)
         needed = self.training.steps if self.method == "grpo_matched" else 0
         if len(self.update_norms) != needed:
             raise ValueError(
@@ -132,8 +154,8 @@ def train(
         the update, and at times `validation`, the greedy accuracy on the held-out prompts.
 
     Raises:
-        ValueError: the directory holds a run with other settings or a checkpoint that does not fit.
-        OSError: the directory cannot be written, or has no room for the checkpoints.
+        records.Failure: the directory holds a run with other settings or a checkpoint that does
+            not fit, cannot be written, or has no room for the checkpoints.
         records.Preempted: `stopping` said so; what was done is saved.
     """
     settings = config.training
@@ -187,9 +209,19 @@ def train(
     return records.read_metrics(directory)
 
 
-def update_norms(directory: pathlib.Path) -> tuple[float, ...]:
-    """The length of each optimizer step's update in a finished run."""
-    return tuple(row["update_norm"] for row in records.read_metrics(directory) if row["step"] > 0)
+def update_norms(match: pathlib.Path, steps: int) -> tuple[float, ...]:
+    """The length of each of the first `steps` updates of the run in a directory.
+
+    Raises:
+        ValueError: there is no run of that many steps.
+    """
+    rows = [row for row in records.read_metrics(match) if 1 <= row["step"] <= steps]
+    if len(rows) < steps:
+        raise ValueError(
+            f"match={match} must be the folder of a run of training.steps={steps} steps or more, "
+            f"but has metrics of {len(rows)}"
+        )
+    return tuple(row["update_norm"] for row in rows)
 
 
 def _prompts(config: RunConfig, batch: int) -> tuple[list[str], np.random.Generator]:

@@ -5,7 +5,6 @@ reused by every run that asks for the same settings. An interrupted training goe
 checkpoint, which every check of the accuracy leaves.
 """
 
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -16,31 +15,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from pydantic.dataclasses import dataclass
 
-from experiments import addition, records, sampling
+from experiments import addition, checked, records, sampling
 from experiments.decoder import Decoder, DecoderConfig
 from proma_jax import policy_gradient as pg
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=checked.CONFIG)
 class WarmStartConfig:
     """The task, the decoder, and its supervised training."""
 
     task: addition.Addition = addition.Addition()
     decoder: DecoderConfig = DecoderConfig(vocab_size=addition.VOCAB_SIZE)
-    target_accuracy: float = 0.5
+    target_accuracy: checked.Fraction = 0.5
     """Training ends at the first check with at least this greedy validation accuracy."""
-    check_every: int = 25
+    check_every: checked.Count = 25
     """Steps between two checks of the accuracy."""
-    max_steps: int = 2000
+    max_steps: checked.Count = 2000
     """Steps after which a start that is still not good enough is an error."""
-    batch_size: int = 256
+    batch_size: checked.Count = 256
     """Worked examples in one step."""
-    learning_rate: float = 1e-3
+    learning_rate: checked.Positive = 1e-3
     """Of AdamW, constant."""
-    max_gradient_norm: float = 1.0
+    max_gradient_norm: checked.Positive = 1.0
     """Gradients are clipped to this global norm."""
-    seed: int = 0
+    seed: checked.Seed = 0
     """Of the decoder's initialisation and of the examples."""
 
     def __post_init__(self):
@@ -48,6 +48,17 @@ class WarmStartConfig:
             raise ValueError(
                 f"decoder.vocab_size={self.decoder.vocab_size} must be at least "
                 f"{addition.VOCAB_SIZE}, the task's tokens"
+            )
+        if self.batch_size > self.task.training_problems:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be at most {self.task.training_problems}, the "
+                f"training problems with task.digits={self.task.digits} and "
+                f"task.validation_problems={self.task.validation_problems}"
+            )
+        if self.check_every > self.max_steps:
+            raise ValueError(
+                f"check_every={self.check_every} must be at most max_steps={self.max_steps}, or "
+                "the accuracy is never checked"
             )
 
 
@@ -92,9 +103,9 @@ def warm_start(
         The decoder as `nnx.split` gives it.
 
     Raises:
-        ValueError: the directory holds another start or a checkpoint that does not fit.
-        OSError: the directory cannot be written, or has no room for the checkpoints.
-        RuntimeError: the target was not reached within max_steps.
+        records.Failure: the directory holds another start or a checkpoint that does not fit,
+            cannot be written, or has no room for the checkpoints; or the target was not reached
+            within max_steps.
         records.Preempted: `stopping` said so; what was done is saved.
     """
     task = config.task
@@ -129,7 +140,7 @@ def warm_start(
                     return graphdef, params
             if stopping():
                 run.stop(step, state)
-    raise RuntimeError(
+    raise records.Failure(
         f"warm start: greedy validation accuracy {state.accuracy:.2f} after {config.max_steps} "
         f"steps, target_accuracy={config.target_accuracy}: raise max_steps or lower the target"
     )

@@ -1,13 +1,16 @@
-"""The two commands and the figures they draw."""
+"""The two commands: what they refuse, and the figures they draw."""
 
-import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-import tyro
 from matplotlib import image
 
-from experiments import figures
+from experiments import command_line, compare, figures, records, train
 
 
 def rows(offset: float):
@@ -42,20 +45,179 @@ def test_figures_are_written(tmp_path):
         assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 5
 
 
-@pytest.mark.parametrize("name", ["train", "compare"])
-def test_help_explains_every_setting(name, capsys):
-    command = importlib.import_module(f"experiments.{name}").Command
+@pytest.mark.parametrize("module", [train, compare])
+def test_help_explains_every_setting_and_says_where_results_go(module, capsys):
     with pytest.raises(SystemExit) as ended:
-        tyro.cli(command, args=["--help"])
+        command_line.read(module.Command, "prog", ["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     for setting in ("--training.method.rank", "--start.decoder.width", "--training.steps"):
         assert setting in shown
     assert "Responses sampled to each prompt" in shown
+    assert "Results go" in shown
 
 
-def test_compare_wants_the_run_to_match_before_its_match():
-    compare = importlib.import_module("experiments.compare")
-    with pytest.raises(ValueError, match="grpo_matched needs proma_accumulation before it"):
-        compare.Command(methods=("grpo_matched", "proma_accumulation"))
-    compare.Command(methods=("grpo",))
+ACCUMULATION = "--method proma_accumulation"
+REFUSED = [
+    (f"{ACCUMULATION} {flags}", "".join(allowed))
+    for flags, *allowed in [
+        ("--seed -1", "must be greater than or equal to 0"),
+        ("--seed 4294967296", "must be less than 4294967296"),
+        ("--training.steps 0", "must be greater than or equal to 1"),
+        ("--training.prompts -128", "must be greater than or equal to 1"),
+        ("--training.group-size 1", "must be greater than or equal to 2"),
+        ("--training.steps-per-batch 0", "must be greater than or equal to 1"),
+        ("--training.microbatch-size 0", "must be greater than or equal to 1"),
+        ("--training.validation-every 0", "must be greater than or equal to 1"),
+        ("--training.checkpoint-every -1", "must be greater than or equal to 1"),
+        ("--training.method.learning-rate nan", "must be a finite number"),
+        ("--training.method.learning-rate inf", "must be a finite number"),
+        ("--training.method.learning-rate 0.0", "must be greater than 0"),
+        ("--training.method.max-gradient-norm 0.0", "must be greater than 0"),
+        ("--training.method.clip 0.0", "must be greater than 0"),
+        ("--training.method.clip 1.5", "must be less than 1"),
+        ("--training.method.shrinkage 2.0", "must be less than or equal to 1"),
+        ("--training.method.ridge -1.0", "must be greater than or equal to 0"),
+        ("--training.method.relative-bound -1.0", "must be greater than or equal to 0"),
+        ("--training.method.skip-fraction 1.5", "must be less than or equal to 1"),
+        ("--training.method.rank 0", "must be greater than or equal to 1"),
+        ("--start.target-accuracy 2.0", "must be less than or equal to 1"),
+        ("--start.check-every 0", "must be greater than or equal to 1"),
+        ("--start.max-steps 0", "must be greater than or equal to 1"),
+        ("--start.batch-size 0", "must be greater than or equal to 1"),
+        ("--start.learning-rate nan", "must be a finite number"),
+        ("--start.max-gradient-norm -1.0", "must be greater than 0"),
+        ("--start.seed -1", "must be greater than or equal to 0"),
+        ("--start.task.digits 0", "must be greater than or equal to 1"),
+        ("--start.task.digits 5", "must be less than or equal to 4"),
+        ("--start.task.validation-problems 0", "must be greater than or equal to 1"),
+        ("--start.task.seed -1", "must be greater than or equal to 0"),
+        ("--start.decoder.layers 0", "must be greater than or equal to 1"),
+        ("--start.decoder.kv-heads 0", "must be greater than or equal to 1"),
+        ("--start.decoder.rope-theta 0.0", "must be greater than 0"),
+        ("--start.decoder.norm-epsilon inf", "must be a finite number"),
+        ("--start.decoder.head-dim 7", "must be even"),
+        ("--start.decoder.heads 3", "must be a multiple of --start.decoder.kv-heads 2"),
+        ("--start.decoder.vocab-size 5", "must be at least 14, the task's tokens"),
+        ("--start.check-every 2001", "must be at most --start.max-steps 2000"),
+        ("--start.batch-size 9489", "must be at most 9488, the training problems with "),
+        ("--training.prompts 9490", "must be at most 9488, the training problems with "),
+        ("--training.steps 3", "must be a multiple of --training.steps-per-batch 2"),
+        ("--training.prompts 127", "must be a multiple of --training.steps-per-batch 2"),
+        ("--training.microbatch-size 7", "must divide the 512 sequences of an optimizer step"),
+        ("--start.task.validation-problems 10000", "must be fewer than the 10000 problems"),
+        ("--match elsewhere", f"with {ACCUMULATION}: grpo_matched needs the folder"),
+    ]
+]
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "told"),
+    [
+        *((train, flags, f"{flags.removeprefix(ACCUMULATION)} {told}") for flags, told in REFUSED),
+        (train, "", "--method {reinforce,grpo,grpo_matched,proma_accumulation,proma_intra}"),
+        (train, "--method ppo", "invalid choice 'ppo' for argument '--method'. Expected one of"),
+        (train, "--method grpo --training.steps x", "--training.steps: invalid literal"),
+        (train, "--method grpo --step 3", "Unrecognized options: --step"),
+        (train, "--method grpo_matched", "--match None with --method grpo_matched"),
+        (
+            train,
+            "--method grpo_matched --match no/where=3 --training.steps 2",
+            "--match no/where=3 must be the folder of a run of --training.steps 2 steps or more",
+        ),
+        (
+            train,
+            "--method proma_intra --training.method.rank 49",
+            "--training.method.rank 49 must be at most 48, ",
+        ),
+        (
+            train,
+            "--method proma_intra --start.decoder.no-tied-head --training.method.rank 15",
+            "--training.method.rank 15 must be at most 14, ",
+        ),
+        (compare, "--training.method.rank 49", "--training.method.rank 49 must be at most 48, "),
+        (compare, "--methods", "--methods () must have at least 1 item"),
+        (compare, "--seeds", "--seeds () must have at least 1 item"),
+        (compare, "--seeds 0 -3", "--seeds -3 must be greater than or equal to 0"),
+        (compare, "--seeds 0 0", "--seeds (0, 0) must not name anything twice"),
+        (compare, "--methods grpo grpo", "('grpo', 'grpo') must not name anything twice"),
+        (compare, "--methods grpo_matched", "must name proma_accumulation before grpo_matched"),
+        (
+            compare,
+            "--methods grpo_matched proma_accumulation",
+            "must name proma_accumulation before grpo_matched",
+        ),
+    ],
+)
+def test_a_refusal_is_two_lines_with_flag_value_and_what_is_allowed(module, flags, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line.read(module.Command, "prog", flags.split())
+    assert ended.value.code == 2
+    refusal, hint = capsys.readouterr().err.splitlines()
+    assert refusal.startswith("error: ")
+    assert told.strip() in refusal
+    assert hint == "All settings: prog --help"
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        (train, "--method grpo --seed 4294967295 --training.method.relative-bound None"),
+        (train, "--method grpo --training.method.ridge 0 --training.method.rank 1000"),
+        (train, "--method grpo --start.target-accuracy 0 --start.decoder.no-tied-head"),
+        (train, "--method proma_intra --training.method.rank 48"),
+        (compare, "--methods grpo --seeds 1"),
+        (compare, "--methods proma_accumulation grpo_matched"),
+    ],
+)
+def test_what_makes_sense_is_taken(module, flags):
+    command_line.read(module.Command, "prog", flags.split())
+
+
+def test_the_run_to_match_gives_as_many_norms_as_there_are_steps(tmp_path):
+    rows = [{"step": step, "update_norm": step / 10} for step in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--method", "grpo_matched", "--match", str(tmp_path), "--training.steps"]
+    command = command_line.read(train.Command, "prog", [*flags, "4"])
+    assert command.run_config().update_norms == (0.1, 0.2, 0.3, 0.4)
+    with pytest.raises(SystemExit):
+        command_line.read(train.Command, "prog", [*flags, "10"])
+
+
+def fail(command):
+    raise records.Failure("the disk is full.")
+
+
+def interrupt(command):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "told"),
+    [(fail, 1, "error: the disk is full."), (interrupt, 130, "Interrupted.")],
+)
+def test_what_ends_a_command_is_told_in_a_line(main, status, told, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    with pytest.raises(SystemExit) as ended:
+        command_line.run(compare.Command, main, "prog")
+    assert capsys.readouterr().err == f"{told}\n"
+    assert ended.value.code == status
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "told"),
+    [
+        ("--seed -1", 2, "--seed -1 must be"),
+        ("--directory file", 1, "file/grpo/seed_0 cannot be written: "),
+        ("--start-directory file", 1, "file cannot be written: "),
+    ],
+)
+def test_a_refusal_leaves_no_folder_behind(flags, status, told, tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "experiments.train", "--method", "grpo", *flags.split()]
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == status
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -51,7 +51,7 @@ def runs(start, tmp_path_factory):
     metrics = {}
     for method in ("reinforce", "grpo", "proma_accumulation", "proma_intra"):
         metrics[method] = training.train(config_of(method), *start, root / method)
-    norms = training.update_norms(root / "proma_accumulation")
+    norms = training.update_norms(root / "proma_accumulation", TRAINING.steps)
     matched = config_of("grpo_matched", update_norms=norms)
     metrics["grpo_matched"] = training.train(matched, *start, root / "grpo_matched")
     return metrics
@@ -164,7 +164,7 @@ def test_a_directory_does_not_mix_settings(tmp_path):
     faster = dataclasses.replace(TRAINING.method, learning_rate=1.0)
     other = dataclasses.replace(TRAINING, method=faster)
     with pytest.raises(
-        ValueError, match=r"training\.method\.learning_rate: 0\.003 there, 1\.0 now"
+        records.Failure, match=r"training\.method\.learning_rate: 0\.003 there, 1\.0 now"
     ):
         records.Run(tmp_path, training.RunConfig("grpo", 0, START, other))
 
@@ -236,5 +236,5 @@ def test_warm_start_is_reused_and_reaches_its_target(tmp_path):
 
 def test_a_warm_start_that_falls_short_is_an_error(tmp_path):
     config = dataclasses.replace(START, target_accuracy=1.0, max_steps=2, check_every=1)
-    with pytest.raises(RuntimeError, match="after 2 steps"):
+    with pytest.raises(records.Failure, match="after 2 steps"):
         warm_start.warm_start(config, tmp_path)

@@ -2,7 +2,8 @@
 
 config.json       the settings; a directory never mixes two
 environment.json  one entry for each process that worked on the run
-metrics.jsonl     one row per optimizer step, none lost or doubled by an interruption
+metrics.jsonl     one row per optimizer step, none lost or doubled by an interruption; strict JSON,
+                  with null for a number that is not finite, which ends the run
 checkpoints/      the latest state (orbax), in a folder named after its step
 lock              held by the one process that may work on the run; another waits for it
 
@@ -16,7 +17,8 @@ settings and the step.
 It is written beside the one before, synced to the disk with the metrics so far, put in place by a
 rename, and only then is the one before deleted: whatever ends a process, a whole checkpoint and all
 rows up to its step are there. `Run.restore` goes on from it; `Run.begin` drops the later rows,
-whose steps are done again.
+whose steps are done again. A checkpoint knows how many rows there were, so that a file that was
+damaged or shortened since is seen, and named.
 """
 
 import contextlib
@@ -25,6 +27,7 @@ import fcntl
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import pathlib
 import platform
@@ -32,11 +35,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn, Self, TextIO, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 import proma_jax as proma
@@ -84,10 +90,39 @@ def environment() -> dict[str, Any]:
 
 
 def read_metrics(directory: pathlib.Path) -> list[Row]:
-    """The rows of a run's metrics; a last line cut off by an interruption is left out."""
+    """The rows of a run's metrics; a last line cut off by an interruption is left out.
+
+    Raises:
+        Failure: another line is no row.
+    """
     path = directory / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith(b"\n"):
+            cure = "Delete that line and those after it, or put back a copy of the file."
+            rows.append(_parse(line, dict, f"{path}, line {number},", cure, keys=["step"]))
+    return rows
+
+
+def _parse(
+    text: bytes, kind: type[dict] | type[list], name: str, cure: str, keys: Iterable[str] = ()
+) -> Any:
+    """The dict, with at least these keys, or the list in a file or a line of JSON.
+
+    Raises:
+        Failure: it holds none; says the cure.
+    """
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    with contextlib.suppress(ValueError):
+        parsed = json.loads(text, parse_constant=refuse)
+        if isinstance(parsed, kind) and all(key in parsed for key in keys):
+            return parsed
+    needed = " with ".join([kind.__name__, *keys])
+    raise Failure(f"{name} is damaged: it is no JSON {needed}. {cure}")
 
 
 def _replace(path: pathlib.Path, text: str) -> None:
@@ -95,6 +130,11 @@ def _replace(path: pathlib.Path, text: str) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     partial.replace(path)
+
+
+def _line(row: Row) -> str:
+    finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -129,6 +169,29 @@ def check_writable(*directories: pathlib.Path) -> None:
             here = directory.absolute()
             existing = next(path for path in (here, *here.parents) if path.exists())
             tempfile.TemporaryFile(dir=existing).close()
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # orbax documents none, and raises many
+        raise Failure(
+            f"{checkpoint} is damaged, or of another version of orbax or this program ("
+            f"{textwrap.shorten(str(error), 100)}). Put back a copy of it, or delete it: the run "
+            "goes on from the checkpoint before it or, if there is none, begins anew."
+        ) from error
+
+
+@contextlib.contextmanager
+def _saving(checkpoints: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise Failure(
+            f"{checkpoints} cannot be written: {textwrap.shorten(str(error), 200)}. Make room for "
+            "it; the same command goes on from the last checkpoint there."
+        ) from error
 
 
 def _try_lock(file: TextIO) -> bool:
@@ -169,7 +232,7 @@ class Run:
 
     Raises:
         Preempted: `stopping` said so.
-        Failure: the directory holds a run with other settings, or cannot be written.
+        Failure: the directory holds a run with other settings, is damaged, or cannot be written.
     """
 
     def __init__(
@@ -179,6 +242,8 @@ class Run:
         stopping: Callable[[], bool] = lambda: False,
     ):
         self.directory = directory.absolute()
+        self._checkpoints = self.directory / "checkpoints"
+        self._row_count = 0
         settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
         path = self.directory / "config.json"
         with contextlib.ExitStack() as opened, _writing(directory):
@@ -186,14 +251,16 @@ class Run:
             opened.enter_context(_alone(self.directory, stopping))
             if not path.exists():
                 _replace(path, json.dumps(settings, indent=2) + "\n")
-            differences = _differences(json.loads(path.read_text()), settings)
+            cure = "Put back a copy of it, or choose another directory."
+            differences = _differences(_parse(path.read_bytes(), dict, str(path), cure), settings)
             if differences:
                 raise Failure(
                     f"{directory} holds a run with other settings ({'; '.join(differences)}). "
                     "Choose another directory, or delete this one."
                 )
+            self._checkpoints.mkdir(exist_ok=True)
             self._manager = ocp.CheckpointManager(
-                self.directory / "checkpoints",
+                self._checkpoints,
                 item_handlers=ocp.StandardCheckpointHandler(),
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=1,
@@ -208,7 +275,8 @@ class Run:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._opened.close()
+        with _saving(self._checkpoints):
+            self._opened.close()
 
     @property
     def step(self) -> int | None:
@@ -222,23 +290,51 @@ class Run:
             state: the state to start from; also says the structure, dtypes and shardings.
 
         Raises:
-            Failure: the checkpoint does not fit `state`.
+            Failure: the checkpoint is damaged or does not fit `state`.
         """
         step = self.step
         if step is None:
             return state
+        checkpoint = self._checkpoints / str(step)
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        try:
-            proma.check_restorable(self._manager.item_metadata(step).tree, state)
+
+        def check(saved):
+            try:
+                proma.check_restorable(saved, state)
+            except ValueError as error:
+                raise Failure(
+                    f"{checkpoint} cannot be restored: {error}. Start in another directory, or go "
+                    f"on with the git_commit that {self.directory / 'environment.json'} names."
+                ) from error
+
+        with _reading(checkpoint):
+            described = self._manager.item_metadata(step).tree
+        check(described)
+        with _reading(checkpoint):
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-            proma.check_restorable(restored, state)
-        except ValueError as error:
-            raise Failure(
-                f"{self.directory / 'checkpoints' / str(step)} cannot be restored: {error}. Start "
-                "in another directory, or go on with the git_commit that "
-                f"{self.directory / 'environment.json'} names."
-            ) from error
+        check(restored)
         return restored
+
+    def rows(self) -> list[Row]:
+        """The metrics up to the checkpoint.
+
+        Raises:
+            Failure: they are not all there.
+        """
+        step = self.step
+        if step is None:
+            return []
+        checkpoint = self._checkpoints / str(step)
+        with _reading(checkpoint):
+            expected = self._manager.metadata(step).custom_metadata["rows"]
+        rows = [row for row in read_metrics(self.directory) if row["step"] <= step]
+        if len(rows) != expected:
+            raise Failure(
+                f"{self.directory / 'metrics.jsonl'} is damaged: {len(rows)} rows up to step "
+                f"{step}, but {expected} when {checkpoint} was saved. Put back a copy of the file, "
+                "or choose another directory."
+            )
+        return rows
 
     def begin(self, state: Any) -> None:
         """Makes ready to work on the run: records the environment, drops metrics of later steps.
@@ -247,10 +343,10 @@ class Run:
             state: what checkpoints will hold.
 
         Raises:
-            Failure: the directory cannot be written, or has no room for the checkpoints.
+            Failure: the directory is damaged, cannot be written, or has no room for the
+                checkpoints.
         """
-        step = self.step
-        copies = 2 if step is None else 1  # an old and a new checkpoint exist at a time
+        copies = 2 if self.step is None else 1  # an old and a new checkpoint exist at a time
         needed = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.directory).free
         if free < needed:
@@ -259,32 +355,61 @@ class Run:
                 "free. Free some space or choose another directory."
             )
         path = self.directory / "environment.json"
-        earlier = json.loads(path.read_text()) if path.exists() else []
-        kept = [
-            json.dumps(row) + "\n"
-            for row in read_metrics(self.directory)
-            if step is not None and row["step"] <= step
-        ]
+        cure = (
+            "Put back a copy of it, or delete it: only what it says of earlier processes is lost."
+        )
+        earlier = _parse(path.read_bytes(), list, str(path), cure) if path.exists() else []
+        rows = self.rows()
+        self._row_count = len(rows)
         with _writing(self.directory):
             _replace(path, json.dumps([*earlier, environment()], indent=2) + "\n")
-            _replace(self.directory / "metrics.jsonl", "".join(kept))
+            _replace(self.directory / "metrics.jsonl", "".join(map(_line, rows)))
 
     def log(self, row: Row) -> None:
         """Appends a row, which has a "step", to the metrics."""
-        with (self.directory / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with _writing(self.directory), (self.directory / "metrics.jsonl").open("a") as file:
+            file.write(_line(row))
+        self._row_count += 1
+
+    def check_finite(self, row: Row, state: Any) -> None:
+        """Ends the run if its latest row, or its state after it, has a number that is not finite.
+
+        Raises:
+            Failure: it has.
+        """
+        found = [f"{name} {x}" for name, x in row.items() if not math.isfinite(x)] + [
+            jax.tree_util.keystr(path)
+            for path, x in jax.tree_util.tree_leaves_with_path(state)
+            if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all()
+        ]
+        if found:
+            self._manager.wait_until_finished()
+            kept = "no checkpoint yet" if self.step is None else f"checkpoint {self.step} in it"
+            raise Failure(
+                f"Step {row['step']} gave numbers that are not finite: "
+                f"{textwrap.shorten(', '.join(found), 100)}. The run in {self.directory} stops "
+                f"there, unfinished, with {kept}."
+            )
 
     def save(self, step: int, state: Any) -> None:
         """Checkpoints the state after `step` in the background, unless that was done already.
 
         An error in the background is raised by the next `save`, or when the run is closed.
+
+        Raises:
+            Failure: a checkpoint could not be written.
         """
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        with _saving(self._checkpoints):
+            self._manager.save(
+                step,
+                args=ocp.args.StandardSave(state),
+                custom_metadata={"rows": self._row_count},
+            )
 
     def stop(self, step: int, state: Any) -> NoReturn:
         """Checkpoints the state after `step` and ends the run's work for now."""
         self.save(step, state)
         raise Preempted(
-            f"Preempted after step {step}, checkpoint in {self.directory / 'checkpoints'}. "
-            "The same command goes on from there."
+            f"Preempted after step {step}, checkpoint in {self._checkpoints}. The same command "
+            "goes on from there."
         )

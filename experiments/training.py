@@ -154,8 +154,9 @@ def train(
         the update, and at times `validation`, the greedy accuracy on the held-out prompts.
 
     Raises:
-        records.Failure: the directory holds a run with other settings or a checkpoint that does
-            not fit, cannot be written, or has no room for the checkpoints.
+        records.Failure: a step gave numbers that are not finite; or the directory holds a run with
+            other settings or a checkpoint that does not fit, is damaged, cannot be written, or has
+            no room for the checkpoints.
         records.Preempted: `stopping` said so; what was done is saved.
     """
     settings = config.training
@@ -169,7 +170,7 @@ def train(
 
     with records.Run(directory, config, stopping) as run:
         if run.step == settings.steps:
-            return records.read_metrics(directory)
+            return run.rows()
         state = run.restore(
             State(
                 params=start,
@@ -201,6 +202,7 @@ def train(
                 if step % settings.validation_every == 0 or step == settings.steps:
                     row["validation"] = validate(state.params)
                 run.log(row)
+                run.check_finite(row, state)
                 on_row(row)
                 if step % settings.checkpoint_every == 0 or step == settings.steps:
                     run.save(step, state)
@@ -216,12 +218,13 @@ def update_norms(match: pathlib.Path, steps: int) -> tuple[float, ...]:
         ValueError: there is no run of that many steps.
     """
     rows = [row for row in records.read_metrics(match) if 1 <= row["step"] <= steps]
-    if len(rows) < steps:
+    norms = tuple(row["update_norm"] for row in rows if row.get("update_norm") is not None)
+    if len(norms) < steps:
         raise ValueError(
             f"match={match} must be the folder of a run of training.steps={steps} steps or more, "
-            f"but has metrics of {len(rows)}"
+            f"but has the update norms of {len(norms)}"
         )
-    return tuple(row["update_norm"] for row in rows)
+    return norms
 
 
 def _prompts(config: RunConfig, batch: int) -> tuple[list[str], np.random.Generator]:

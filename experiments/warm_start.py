@@ -104,8 +104,8 @@ def warm_start(
 
     Raises:
         records.Failure: the directory holds another start or a checkpoint that does not fit,
-            cannot be written, or has no room for the checkpoints; or the target was not reached
-            within max_steps.
+            is damaged, cannot be written, or has no room for the checkpoints; a step gave numbers
+            that are not finite; or the target was not reached within max_steps.
         records.Preempted: `stopping` said so; what was done is saved.
     """
     task = config.task
@@ -129,10 +129,12 @@ def warm_start(
                 optimizer, graphdef, state.params, state.opt_state, examples(task, prompts)
             )
             state = State(params, opt_state, state.accuracy)
+            row = {"step": step, "loss": float(loss)}
+            run.check_finite(row, (params, opt_state))
             if step % config.check_every == 0:
                 accuracy = sampling.greedy_accuracy(task, graphdef, params, validation_prompts)
                 state = state._replace(accuracy=jnp.float32(accuracy))
-                row = {"step": step, "loss": float(loss), "validation": accuracy}
+                row["validation"] = accuracy
                 run.log(row)
                 on_check(row)
                 run.save(step, state)

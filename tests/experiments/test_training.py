@@ -6,7 +6,9 @@ import itertools
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import methods, records, sampling, training, warm_start
@@ -156,6 +158,47 @@ def test_a_finished_run_is_taken_as_it_is(start, runs, tmp_path):
         config_of("grpo"), *start, tmp_path, on_row=lambda row: pytest.fail("ran again")
     )
     assert again == rows
+
+
+def infinite_parameters(params, opt_state, lengths):
+    return jax.tree.map(lambda x: x / 0, params), opt_state, lengths
+
+
+def infinite_optimizer_state(params, opt_state, lengths):
+    return params, optax.tree.set(opt_state, gradient_norm=jnp.float32(jnp.inf)), lengths
+
+
+def nan_gradient(params, opt_state, lengths):
+    return params, opt_state, lengths | {"gradient_norm": jnp.nan}
+
+
+@pytest.mark.parametrize("poison", [infinite_parameters, infinite_optimizer_state, nan_gradient])
+def test_a_run_that_diverges_stops_there_unfinished(poison, start, tmp_path, monkeypatch):
+    def train():
+        return training.train(config_of("reinforce"), *start, tmp_path)
+
+    steps = itertools.count(1)
+    update = training.update
+    monkeypatch.setattr(
+        training,
+        "update",
+        lambda *arguments: poison(*update(*arguments)) if next(steps) >= 5 else update(*arguments),
+    )
+    for first in (1, 5):
+        steps = itertools.count(first)
+        with pytest.raises(records.Failure, match=r"Step 5 gave .* unfinished, with checkpoint 4"):
+            train()
+        assert [path.name for path in tmp_path.glob("checkpoints/*")] == ["4"]
+        assert [row["step"] for row in records.read_metrics(tmp_path)] == list(range(6))
+    monkeypatch.undo()
+    assert train()[-1]["step"] == 6
+
+
+def test_a_warm_start_that_diverges_stops_there(tmp_path):
+    config = dataclasses.replace(START, learning_rate=1e30)
+    with pytest.raises(records.Failure, match=r"Step \d+ gave .* with no checkpoint"):
+        warm_start.warm_start(config, tmp_path)
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 def test_a_directory_does_not_mix_settings(tmp_path):

@@ -33,7 +33,8 @@ class Command:
     seeds: Annotated[tuple[checked.Seed, ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds of prompts, sampling and shuffling; every method runs once with each."""
     directory: pathlib.Path = pathlib.Path("runs/compare")
-    """Where runs go, each to <method>/seed_<seed>, and the figures."""
+    """Where runs go, each to <method>/seed_<seed>, seed_<seed>-2 and so on with other settings, and
+    the figures of the latest comparison."""
     start_directory: pathlib.Path = pathlib.Path("runs/warm_start")
     """Where the warm start is, or will be."""
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
@@ -73,16 +74,16 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
         for method in command.methods:
             norms: tuple[float, ...] = ()
             if method == "grpo_matched":
-                matched = _directory(command, "proma_accumulation", seed)
-                norms = update_norms(matched, command.training.steps)
+                norms = update_norms(results["proma_accumulation"][-1])
             config = RunConfig(method, seed, command.start, command.training, norms)
             directory = _directory(command, method, seed)
-            rows = report.train(config, graphdef, params, directory, stopping)
+            _, rows = report.train(config, graphdef, params, directory, stopping)
             results[method].append(rows)
     report.terminal.print(report.summary(results))
     files = figures.draw(results, command.directory / "figures")
     report.terminal.print(
-        f"Settings, environment, metrics, checkpoints: {command.directory}/<method>/seed_<seed>\n"
+        f"Settings, environment, metrics, checkpoints: {command.directory}/<method>/seed_<seed>, "
+        "or as said above\n"
         f"Figures: {', '.join(map(str, files))}\n"
         f"Done in {(time.monotonic() - began) / 60:.1f} minutes.",
         highlight=False,

@@ -1,6 +1,6 @@
 """A run's directory: its config, environment, metrics and checkpoint, safe to interrupt and resume.
 
-config.json       the settings; a directory never mixes two
+config.json       the settings; a directory never mixes two, and a run with others goes beside it
 environment.json  one entry for each process that worked on the run
 metrics.jsonl     one row per optimizer step, none lost or doubled by an interruption; strict JSON,
                   with null for a number that is not finite, which ends the run
@@ -37,7 +37,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Self, TextIO, TypeVar
 
 import jax
@@ -55,6 +55,10 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pro
 
 class Failure(Exception):
     """What a user can mend: its message, of one or two lines, says what is wrong and what to do."""
+
+
+class OtherSettings(Failure):
+    """A directory holds a run with other settings."""
 
 
 def _version(package: str) -> str | None:
@@ -137,15 +141,23 @@ def _line(row: Row) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+def _differences(old: Any, new: Any, grows: Collection[str], name: str = "") -> list[str]:
+    """How settings differ, but for those named in `grows` where the new goes on from the old."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [
             line
             for key in keys
-            for line in _differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))
+            for line in _differences(old.get(key), new.get(key), grows, f"{name}.{key}".strip("."))
         ]
-    return [] if old == new else [f"{name}: {old} there, {new} now"]
+    if name in grows and type(old) is type(new):
+        new_part = new[: len(old)] if isinstance(new, list) else min(old, new)
+    else:
+        new_part = new
+    if old == new_part:
+        return []
+    there, now = (textwrap.shorten(str(value), 40) for value in (old, new))
+    return [f"{name}: {there} there, {now} now"]
 
 
 @contextlib.contextmanager
@@ -171,6 +183,12 @@ def check_writable(*directories: pathlib.Path) -> None:
             tempfile.TemporaryFile(dir=existing).close()
 
 
+def _end(error: Exception) -> str:
+    """What a long message of orbax says last, which is the cause."""
+    message = " ".join(str(error).split())
+    return message if len(message) <= 150 else f"... {message[-150:]}"
+
+
 @contextlib.contextmanager
 def _reading(checkpoint: pathlib.Path) -> Iterator[None]:
     try:
@@ -178,7 +196,7 @@ def _reading(checkpoint: pathlib.Path) -> Iterator[None]:
     except Exception as error:  # orbax documents none, and raises many
         raise Failure(
             f"{checkpoint} is damaged, or of another version of orbax or this program ("
-            f"{textwrap.shorten(str(error), 100)}). Put back a copy of it, or delete it: the run "
+            f"{_end(error)}). Put back a copy of it, or delete it: the run "
             "goes on from the checkpoint before it or, if there is none, begins anew."
         ) from error
 
@@ -189,7 +207,7 @@ def _saving(checkpoints: pathlib.Path) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise Failure(
-            f"{checkpoints} cannot be written: {textwrap.shorten(str(error), 200)}. Make room for "
+            f"{checkpoints} cannot be written: {_end(error)}. Make room for "
             "it; the same command goes on from the last checkpoint there."
         ) from error
 
@@ -204,17 +222,22 @@ def _try_lock(file: TextIO) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(directory: pathlib.Path, stopping: Callable[[], bool]) -> Iterator[None]:
-    """Waits until no other process is in here; one that is killed leaves as well."""
+def _alone(
+    directory: pathlib.Path, stopping: Callable[[], bool], check: Callable[[], None]
+) -> Iterator[None]:
+    """Waits, checking again and again, until no other process is in here; a killed one leaves."""
     with (directory / "lock").open("w") as file:
-        if not _try_lock(file):
-            logging.getLogger(__name__).warning(
-                "%s: waiting for another process that works on it", directory
-            )
-            while not _try_lock(file):
-                if stopping():
-                    raise Preempted(f"Preempted while another process worked on {directory}.")
-                time.sleep(0.1)
+        is_told = False
+        while not _try_lock(file):
+            check()
+            if not is_told:
+                logging.getLogger(__name__).warning(
+                    "%s: waiting for another process that works on it", directory
+                )
+                is_told = True
+            if stopping():
+                raise Preempted(f"Preempted while another process worked on {directory}.")
+            time.sleep(0.1)
         yield
 
 
@@ -229,10 +252,17 @@ class Run:
         directory: made if it is not there.
         config: the run's settings, a dataclass of plain values.
         stopping: called while another process works on the run; True ends the waiting.
+        grows: settings that may be larger than when the run was last worked on, named like
+            "training.steps"; of a list, what was there then is the beginning.
 
     Raises:
         Preempted: `stopping` said so.
-        Failure: the directory holds a run with other settings, is damaged, or cannot be written.
+        OtherSettings: the directory holds a run with other settings.
+        Failure: the directory is damaged, or cannot be written.
+
+    Attributes:
+        directory: where it is, absolute.
+        passed: what was in the directories that `beside` passed by.
     """
 
     def __init__(
@@ -240,24 +270,20 @@ class Run:
         directory: pathlib.Path,
         config: Any,
         stopping: Callable[[], bool] = lambda: False,
+        grows: Collection[str] = (),
     ):
         self.directory = directory.absolute()
+        self.passed: list[str] = []
         self._checkpoints = self.directory / "checkpoints"
+        self._config = self.directory / "config.json"
         self._row_count = 0
-        settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        path = self.directory / "config.json"
+        self._settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+        self._grows = grows
         with contextlib.ExitStack() as opened, _writing(directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            opened.enter_context(_alone(self.directory, stopping))
-            if not path.exists():
-                _replace(path, json.dumps(settings, indent=2) + "\n")
-            cure = "Put back a copy of it, or choose another directory."
-            differences = _differences(_parse(path.read_bytes(), dict, str(path), cure), settings)
-            if differences:
-                raise Failure(
-                    f"{directory} holds a run with other settings ({'; '.join(differences)}). "
-                    "Choose another directory, or delete this one."
-                )
+            opened.enter_context(_alone(self.directory, stopping, self._check_settings))
+            if self._is_begun():
+                self._check_settings()
             self._checkpoints.mkdir(exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self._checkpoints,
@@ -270,6 +296,42 @@ class Run:
             )
             opened.callback(self._manager.close)
             self._opened = opened.pop_all()
+
+    @classmethod
+    def beside(cls, directory: pathlib.Path, *arguments: Any, **settings: Any) -> Self:
+        """The run in a directory or, if a run with other settings is there, beside it.
+
+        That is in the first of <directory>-2, <directory>-3 and so on that is free or holds a run
+        with these settings. The arguments are those of the class.
+        """
+        first = directory.absolute()
+        candidate, passed = first, []
+        while True:
+            try:
+                run = cls(candidate, *arguments, **settings)
+            except OtherSettings as other:
+                passed.append(str(other))
+                candidate = first.with_name(f"{first.name}-{len(passed) + 1}")
+            else:
+                run.passed = passed
+                return run
+
+    def _is_begun(self) -> bool:
+        """Whether there is more here than what a start that failed leaves."""
+        has_checkpoint = any(path.name.isdigit() for path in self._checkpoints.glob("*"))
+        return has_checkpoint or any(row["step"] > 0 for row in read_metrics(self.directory))
+
+    def _check_settings(self) -> None:
+        if not (self._config.exists() or self._is_begun()):
+            return
+        cure = "Put back a copy of it, or choose another directory."
+        content = self._config.read_bytes() if self._config.exists() else b""
+        old = _parse(content, dict, str(self._config), cure)
+        differences = _differences(old, self._settings, self._grows)
+        if differences:
+            raise OtherSettings(
+                f"{self.directory} holds a run with other settings ({'; '.join(differences)})."
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -336,11 +398,12 @@ class Run:
             )
         return rows
 
-    def begin(self, state: Any) -> None:
-        """Makes ready to work on the run: records the environment, drops metrics of later steps.
+    def begin(self, state: Any, rows: Sequence[Row] | None = None) -> None:
+        """Makes ready to work on the run: records settings and environment, drops later rows.
 
         Args:
             state: what checkpoints will hold.
+            rows: the metrics up to the checkpoint, by default as they are.
 
         Raises:
             Failure: the directory is damaged, cannot be written, or has no room for the
@@ -359,9 +422,10 @@ class Run:
             "Put back a copy of it, or delete it: only what it says of earlier processes is lost."
         )
         earlier = _parse(path.read_bytes(), list, str(path), cure) if path.exists() else []
-        rows = self.rows()
+        rows = self.rows() if rows is None else rows
         self._row_count = len(rows)
         with _writing(self.directory):
+            _replace(self._config, json.dumps(self._settings, indent=2) + "\n")
             _replace(path, json.dumps([*earlier, environment()], indent=2) + "\n")
             _replace(self.directory / "metrics.jsonl", "".join(map(_line, rows)))
 
@@ -388,7 +452,8 @@ class Run:
             raise Failure(
                 f"Step {row['step']} gave numbers that are not finite: "
                 f"{textwrap.shorten(', '.join(found), 100)}. The run in {self.directory} stops "
-                f"there, unfinished, with {kept}."
+                f"there, unfinished, with {kept}.\nThe same command stops there again; a run with "
+                "other settings, such as a lower learning rate, goes beside it."
             )
 
     def save(self, step: int, state: Any) -> None:

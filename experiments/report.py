@@ -60,8 +60,14 @@ def start(
     config: warm_start.WarmStartConfig, directory: pathlib.Path, stopping: Callable[[], bool]
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The warm start, with a progress bar while it trains."""
+
+    def on_open(run: records.Run, finished: bool) -> None:
+        nonlocal directory
+        directory = run.directory
+        _tell_passed(run)
+
     with bar("warm start", None) as on_check:
-        graphdef, params = warm_start.warm_start(config, directory, on_check, stopping)
+        graphdef, params = warm_start.warm_start(config, directory, on_check, stopping, on_open)
         last = records.read_metrics(directory)[-1]
         on_check(last)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -79,21 +85,33 @@ def train(
     params: nnx.State,
     directory: pathlib.Path,
     stopping: Callable[[], bool],
-) -> list[records.Row]:
-    """One run, with a progress bar."""
-    ran = False
+) -> tuple[pathlib.Path, list[records.Row]]:
+    """One run, with a progress bar; where it is, and its metrics."""
+
+    def on_open(run: records.Run, finished: bool) -> None:
+        nonlocal directory
+        directory = run.directory
+        _tell_passed(run)
+        if finished:
+            terminal.print(f"  complete already, taken from {directory}", highlight=False)
+
     with bar(f"{config.method}, seed {config.seed}", config.training.steps) as show:
-
-        def on_row(row: records.Row) -> None:
-            nonlocal ran
-            ran = True
-            show(row)
-
-        rows = training.train(config, graphdef, params, directory, on_row=on_row, stopping=stopping)
+        rows = training.train(
+            config,
+            graphdef,
+            params,
+            directory,
+            on_open=on_open,
+            on_row=show,
+            stopping=stopping,
+        )
         show(rows[-1])
-    if not ran:
-        terminal.print(f"  complete already, taken from {directory}", highlight=False)
-    return rows
+    return directory, rows
+
+
+def _tell_passed(run: records.Run) -> None:
+    for passed in run.passed:
+        terminal.print(f"{passed} This one is in {run.directory}.", highlight=False)
 
 
 # header, decimals, and the number to show of a run's rows

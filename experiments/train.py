@@ -25,7 +25,7 @@ class Command:
     """grpo_matched: the folder of the run whose update norms it takes on, of as many steps or
     more."""
     directory: pathlib.Path = pathlib.Path("runs/train")
-    """Where runs go, each to <method>/seed_<seed>."""
+    """Where runs go, each to <method>/seed_<seed>; seed_<seed>-2 and so on with other settings."""
     start_directory: pathlib.Path = pathlib.Path("runs/warm_start")
     """Where the warm start is, or will be."""
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
@@ -43,7 +43,14 @@ class Command:
         """The settings of the run, with what it takes from the run to match."""
         norms: tuple[float, ...] = ()
         if self.match is not None:
-            norms = update_norms(self.match, self.training.steps)
+            steps = self.training.steps
+            rows = [row for row in records.read_metrics(self.match) if row["step"] <= steps]
+            norms = update_norms(rows)
+            if len(norms) < steps:
+                raise ValueError(
+                    f"match={self.match} must be the folder of a run of training.steps={steps} "
+                    f"steps or more, but has the update norms of {len(norms)}"
+                )
         return RunConfig(self.method, self.seed, self.start, self.training, norms)
 
 
@@ -55,9 +62,11 @@ def main(command: Command) -> None:
     report.settings(config.training, config.start)
     with preemption.handled() as stopping:
         graphdef, params = report.start(config.start, command.start_directory, stopping)
-        rows = report.train(config, graphdef, params, directory, stopping)
+        directory, rows = report.train(config, graphdef, params, directory, stopping)
         report.terminal.print(report.summary({command.method: [rows]}))
-        report.terminal.print(f"Settings, environment, metrics and checkpoint: {directory}")
+        report.terminal.print(
+            f"Settings, environment, metrics and checkpoint: {directory}", highlight=False
+        )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ resumed after any of its steps equals the uninterrupted one.
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ class TrainingConfig:
     """Settings of a run that are the same for all methods."""
 
     steps: checked.Count = 40
-    """Optimizer steps."""
+    """Optimizer steps. A finished run goes on if it is asked for more."""
     prompts: checked.Count = 128
     """Prompts in a rollout batch."""
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -39,7 +39,7 @@ class TrainingConfig:
     microbatch_size: checked.Count = 8
     """Sequences in a microbatch."""
     validation_every: checked.Count = 4
-    """Optimizer steps between two greedy validations."""
+    """Optimizer steps between two greedy validations; the last step is validated too."""
     checkpoint_every: checked.Count = 10
     """Optimizer steps between two checkpoints."""
     method: methods.MethodConfig = methods.MethodConfig()
@@ -131,16 +131,19 @@ def train(
     start: nnx.State,
     directory: pathlib.Path,
     *,
+    on_open: Callable[[records.Run, bool], None] = lambda run, finished: None,
     on_row: Callable[[records.Row], None] = lambda row: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> list[records.Row]:
-    """Runs one method, or what is left of the run that `directory` holds.
+    """Runs one method, or what is left of the run that is there.
 
     Args:
         config: the run's settings.
         graphdef: the policy's structure.
         start: its parameters at the warm start.
-        directory: where the run's records go.
+        directory: where the run's records go, or beside it (`records.Run.beside`) if a run with
+            other settings is there. One of fewer steps is gone on with.
+        on_open: called with the run's records, and whether it is finished.
         on_row: called with each new row of metrics.
         stopping: called after each optimizer step and each sampling, and while another process
             works on the run; True stops it there.
@@ -154,9 +157,9 @@ def train(
         the update, and at times `validation`, the greedy accuracy on the held-out prompts.
 
     Raises:
-        records.Failure: a step gave numbers that are not finite; or the directory holds a run with
-            other settings or a checkpoint that does not fit, is damaged, cannot be written, or has
-            no room for the checkpoints.
+        records.Failure: a step gave numbers that are not finite; or the directory holds a
+            checkpoint that does not fit, is damaged, cannot be written, or has no room for the
+            checkpoints.
         records.Preempted: `stopping` said so; what was done is saved.
     """
     settings = config.training
@@ -168,9 +171,13 @@ def train(
     def validate(params):
         return sampling.greedy_accuracy(config.start.task, graphdef, params, validation_prompts)
 
-    with records.Run(directory, config, stopping) as run:
-        if run.step == settings.steps:
-            return run.rows()
+    grows = ("training.steps", "update_norms", "start.max_steps")
+    with records.Run.beside(directory, config, stopping, grows=grows) as run:
+        finished = run.step == settings.steps
+        on_open(run, finished)
+        rows = run.rows()
+        if finished:
+            return rows
         state = run.restore(
             State(
                 params=start,
@@ -181,7 +188,7 @@ def train(
                 ),
             )
         )
-        run.begin(state)
+        run.begin(state, [_without_early_validation(row, settings) for row in rows])
         if run.step is None:
             row = {"step": 0, "start_kl": 0.0, "cumulative_kl": 0.0, "validation": validate(start)}
             run.log(row)
@@ -208,23 +215,18 @@ def train(
                     run.save(step, state)
                 if stopping():
                     run.stop(step, state)
-    return records.read_metrics(directory)
+    return records.read_metrics(run.directory)
 
 
-def update_norms(match: pathlib.Path, steps: int) -> tuple[float, ...]:
-    """The length of each of the first `steps` updates of the run in a directory.
+def _without_early_validation(row: records.Row, settings: TrainingConfig) -> records.Row:
+    """A row of a run that goes on; what was its last step is then validated only if it is due."""
+    is_due = row["step"] % settings.validation_every == 0
+    return {key: value for key, value in row.items() if is_due or key != "validation"}
 
-    Raises:
-        ValueError: there is no run of that many steps.
-    """
-    rows = [row for row in records.read_metrics(match) if 1 <= row["step"] <= steps]
-    norms = tuple(row["update_norm"] for row in rows if row.get("update_norm") is not None)
-    if len(norms) < steps:
-        raise ValueError(
-            f"match={match} must be the folder of a run of training.steps={steps} steps or more, "
-            f"but has the update norms of {len(norms)}"
-        )
-    return norms
+
+def update_norms(rows: Iterable[records.Row]) -> tuple[float, ...]:
+    """The length of each update that a run's metrics tell of."""
+    return tuple(row["update_norm"] for row in rows if row.get("update_norm") is not None)
 
 
 def _prompts(config: RunConfig, batch: int) -> tuple[list[str], np.random.Generator]:

@@ -1,8 +1,8 @@
 """The start that all methods share: a decoder trained on worked examples to about half right.
 
 Reinforcement learning needs some successes to begin with. The start is trained once, saved, and
-reused by every run that asks for the same settings. An interrupted training goes on from its last
-checkpoint, which every check of the accuracy leaves.
+reused by every run that asks for the same settings. A training that was interrupted, or fell short
+and is given more steps, goes on from its last checkpoint, which every check of the accuracy leaves.
 """
 
 import functools
@@ -89,23 +89,26 @@ def warm_start(
     directory: pathlib.Path,
     on_check: Callable[[records.Row], None] = lambda row: None,
     stopping: Callable[[], bool] = lambda: False,
+    on_open: Callable[[records.Run, bool], None] = lambda run, finished: None,
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """The trained policy, from `directory` if it is there.
+    """The trained policy, as it is if it is there.
 
     Args:
         config: its settings.
-        directory: where it is, or will be.
+        directory: where it is, or will be, or beside it (`records.Run.beside`) if a start with
+            other settings is there.
         on_check: called with a row (step, loss, validation) at every check of the accuracy.
         stopping: called after each step, and while another process works on the start; True stops
             the training there.
+        on_open: called with the start's records, and whether it is finished.
 
     Returns:
         The decoder as `nnx.split` gives it.
 
     Raises:
-        records.Failure: the directory holds another start or a checkpoint that does not fit,
-            is damaged, cannot be written, or has no room for the checkpoints; a step gave numbers
-            that are not finite; or the target was not reached within max_steps.
+        records.Failure: the directory holds a checkpoint that does not fit, is damaged, cannot be
+            written, or has no room for the checkpoints; a step gave numbers that are not finite; or
+            the target was not reached within max_steps.
         records.Preempted: `stopping` said so; what was done is saved.
     """
     task = config.task
@@ -113,9 +116,11 @@ def warm_start(
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_gradient_norm), optax.adamw(config.learning_rate)
     )
-    with records.Run(directory, config, stopping) as run:
+    with records.Run.beside(directory, config, stopping, grows=("max_steps",)) as run:
         state = run.restore(State(params, optimizer.init(params), jnp.float32(jnp.nan)))
-        if state.accuracy >= config.target_accuracy:
+        finished = bool(state.accuracy >= config.target_accuracy)
+        on_open(run, finished)
+        if finished:
             return graphdef, state.params
         run.begin(state)
         done = run.step or 0
@@ -143,8 +148,9 @@ def warm_start(
             if stopping():
                 run.stop(step, state)
     raise records.Failure(
-        f"warm start: greedy validation accuracy {state.accuracy:.2f} after {config.max_steps} "
-        f"steps, target_accuracy={config.target_accuracy}: raise max_steps or lower the target"
+        f"The warm start has a greedy validation accuracy of {state.accuracy:.2f} after "
+        f"{config.max_steps} steps, below --start.target-accuracy {config.target_accuracy}. With a "
+        "larger --start.max-steps it goes on; with a lower target another begins."
     )
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from experiments import command_line, compare, figures, records, train
+from experiments import command_line, compare, figures, methods, records, train, training
+from tests.experiments import tiny
 
 
 def rows(offset: float):
@@ -182,6 +183,41 @@ def test_the_run_to_match_gives_as_many_norms_as_there_are_steps(tmp_path):
     assert command.run_config().update_norms == (0.1, 0.2, 0.3, 0.4)
     with pytest.raises(SystemExit):
         command_line.read(train.Command, "prog", [*flags, "10"])
+
+
+def test_compare_with_other_settings_goes_beside_and_comes_back(tmp_path):
+    def compare_at(learning_rate):
+        method = methods.MethodConfig(learning_rate=learning_rate)
+        settings = training.TrainingConfig(steps=2, prompts=4, microbatch_size=4, method=method)
+        command = compare.Command(
+            methods=("proma_accumulation", "grpo_matched"),
+            seeds=(0,),
+            directory=tmp_path / "runs",
+            start_directory=tmp_path / "start",
+            start=tiny.START,
+            training=settings,
+        )
+        compare.main(command)
+
+    def files():
+        found = (tmp_path / "runs").glob("*/seed_*/*.json*")
+        return {path: path.read_bytes() for path in found}
+
+    compare_at(1e-3)
+    first = files()
+    compare_at(1e-2)
+    second = files()
+    assert second.items() > first.items()
+    assert {path.parent.name for path in second.keys() - first.keys()} == {"seed_0-2"}
+    for name in ("seed_0", "seed_0-2"):
+        norms = [
+            training.update_norms(records.read_metrics(tmp_path / "runs" / method / name))
+            for method in ("proma_accumulation", "grpo_matched")
+        ]
+        np.testing.assert_allclose(*norms, rtol=1e-5)
+    for learning_rate in (1e-3, 1e-2):
+        compare_at(learning_rate)
+        assert files() == second
 
 
 def fail(command):

@@ -291,6 +291,7 @@ def test_no_room_for_the_checkpoints_is_an_error_before_work_is_spent(state, tmp
         set_free(2 * size)
         run.begin(state)
         run.save(1, state)
+    with records.Run(tmp_path, Settings()) as run:
         set_free(size - 1)
         with pytest.raises(records.Failure, match="262,144 bytes needed, 262,143 free"):
             run.begin(state)
@@ -309,6 +310,7 @@ def test_a_second_process_waits_for_the_first(state, tmp_path, caplog):
             while not second.done() and not caplog.text:
                 time.sleep(5e-3)
             assert f"{tmp_path}: waiting for another process" in caplog.text
+            run.begin(state)
             run.save(1, state)
         assert second.result() == 1
 
@@ -381,6 +383,7 @@ def test_a_save_that_fails_in_the_background_is_an_error_and_loses_nothing(
 )
 def test_a_checkpoint_that_does_not_fit_is_an_error_that_says_why(wanted, message, state, tmp_path):
     with records.Run(tmp_path, Settings()) as run:
+        run.begin(state)
         run.save(7, state)
     with records.Run(tmp_path, Settings()) as run:
         with pytest.raises(records.Failure, match=f"checkpoints/7 cannot be restored: .*{message}"):
@@ -393,6 +396,7 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_that_says_why(wanted, messag
 
 def test_a_state_of_another_version_is_an_error(tmp_path):
     with records.Run(tmp_path, Settings()) as run:
+        run.begin({"version": jnp.int32(1)})
         run.save(1, {"version": jnp.int32(1)})
     with (
         records.Run(tmp_path, Settings()) as run,

@@ -53,7 +53,7 @@ def runs(start, tmp_path_factory):
     metrics = {}
     for method in ("reinforce", "grpo", "proma_accumulation", "proma_intra"):
         metrics[method] = training.train(config_of(method), *start, root / method)
-    norms = training.update_norms(root / "proma_accumulation", TRAINING.steps)
+    norms = training.update_norms(metrics["proma_accumulation"])
     matched = config_of("grpo_matched", update_norms=norms)
     metrics["grpo_matched"] = training.train(matched, *start, root / "grpo_matched")
     return metrics
@@ -201,15 +201,104 @@ def test_a_warm_start_that_diverges_stops_there(tmp_path):
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
-def test_a_directory_does_not_mix_settings(tmp_path):
-    with records.Run(tmp_path, config_of("grpo")):
-        pass
+def test_a_directory_does_not_mix_settings(start, tmp_path):
+    training.train(config_of("grpo"), *start, tmp_path)
     faster = dataclasses.replace(TRAINING.method, learning_rate=1.0)
     other = dataclasses.replace(TRAINING, method=faster)
     with pytest.raises(
-        records.Failure, match=r"training\.method\.learning_rate: 0\.003 there, 1\.0 now"
+        records.OtherSettings, match=r"training\.method\.learning_rate: 0\.003 there, 1\.0 now"
     ):
         records.Run(tmp_path, training.RunConfig("grpo", 0, START, other))
+
+
+def changed(config, **settings):
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **settings))
+
+
+@pytest.mark.parametrize("validation_every", [2, 4])
+def test_a_finished_run_that_is_asked_for_more_steps_goes_on(validation_every, start, tmp_path):
+    longer = changed(config_of("grpo"), validation_every=validation_every)
+    expected = training.train(longer, *start, tmp_path / "expected")
+    shorter, directory = changed(longer, steps=2), tmp_path / "extended"
+    assert training.train(shorter, *start, directory)[-1]["validation"] >= 0
+    rows = training.train(longer, *start, directory)
+    assert without_seconds(rows) == without_seconds(expected)
+    assert rows == records.read_metrics(directory)
+    assert [row["step"] for row in rows if "validation" in row] == [
+        *range(0, 6, validation_every),
+        6,
+    ]
+
+
+def test_a_matched_run_goes_on_with_the_run_that_it_matches(start, runs, tmp_path):
+    norms = training.update_norms(runs["proma_accumulation"])
+    two_steps = dataclasses.replace(TRAINING, steps=2)
+    shorter = training.RunConfig("grpo_matched", 0, START, two_steps, norms[:2])
+    training.train(shorter, *start, tmp_path / "run")
+    longer = config_of("grpo_matched", update_norms=norms)
+    rows = training.train(longer, *start, tmp_path / "run")
+    assert without_seconds(rows) == without_seconds(runs["grpo_matched"])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"steps": 4}, {"checkpoint_every": 3}, {"method": methods.MethodConfig(learning_rate=1e-3)}],
+)
+def test_a_run_with_other_settings_goes_beside(settings, start, runs, tmp_path):
+    config, directory = config_of("grpo"), tmp_path / "run"
+    training.train(config, *start, directory)
+    files = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    opened = []
+
+    def train(config):
+        def on_open(run, finished):
+            opened.append((run.directory.name, finished, run.passed))
+
+        return training.train(config, *start, directory, on_open=on_open)
+
+    third = dataclasses.replace(config, seed=1)
+    others = [train(changed(config, **settings)), train(third)]
+    again = [train(changed(config, **settings)), train(third)]
+    assert again == others
+    names, finished, passed = zip(*opened, strict=True)
+    assert names == ("run-2", "run-3", "run-2", "run-3")
+    assert finished == (False, False, True, True)
+    assert f"{directory} holds a run with other settings (training." in passed[0][0]
+    assert [len(messages) for messages in passed] == [1, 2, 1, 2]
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_a_start_that_failed_keeps_its_folder_free(start, tmp_path, monkeypatch):
+    config, directory = config_of("grpo"), tmp_path / "run"
+
+    def fail(*arguments):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "update", fail)
+        with pytest.raises(MemoryError):
+            training.train(config, *start, directory)
+    assert (directory / "config.json").exists()
+    assert records.read_metrics(directory)
+    training.train(changed(config, steps=4), *start, directory)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_in_progress_with_other_settings_is_not_waited_for(start, tmp_path, caplog):
+    config, directory = config_of("grpo"), tmp_path / "run"
+    beside = []
+
+    def is_waiting():
+        return "waiting" in caplog.text
+
+    def train_another(row):
+        if row["step"] == 1:
+            other = changed(config, steps=2)
+            beside.append(training.train(other, *start, directory, stopping=is_waiting))
+
+    training.train(config, *start, directory, on_row=train_another)
+    assert beside[0] == records.read_metrics(tmp_path / "run-2")
 
 
 def test_a_minibatch_holds_whole_groups_spread_over_microbatches(start):
@@ -281,3 +370,16 @@ def test_a_warm_start_that_falls_short_is_an_error(tmp_path):
     config = dataclasses.replace(START, target_accuracy=1.0, max_steps=2, check_every=1)
     with pytest.raises(records.Failure, match="after 2 steps"):
         warm_start.warm_start(config, tmp_path)
+
+
+def test_a_warm_start_that_fell_short_goes_on_when_it_is_given_more_steps(tmp_path):
+    config = dataclasses.replace(START, target_accuracy=0.1, check_every=25)
+    expected = warm_start.warm_start(config, tmp_path / "expected")
+    steps = records.read_metrics(tmp_path / "expected")[-1]["step"]
+    short = dataclasses.replace(config, max_steps=steps - 1)
+    with pytest.raises(records.Failure, match=f"after {steps - 1} steps"):
+        warm_start.warm_start(short, tmp_path / "start")
+    chex.assert_trees_all_equal(warm_start.warm_start(config, tmp_path / "start"), expected)
+    rows = map(records.read_metrics, (tmp_path / "start", tmp_path / "expected"))
+    assert next(rows) == next(rows)
+    warm_start.warm_start(config, tmp_path / "start", lambda row: pytest.fail("trained again"))

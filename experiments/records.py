@@ -241,6 +241,15 @@ def _alone(
         yield
 
 
+def on_device(state: State) -> State:
+    """A state with all its arrays committed to the first device.
+
+    A restored array is, and a new one is not: `jax.jit` would compile for a mixture of both and
+    then again for its own results, which are all committed.
+    """
+    return jax.device_put(state, jax.devices()[0])
+
+
 class Preempted(Exception):
     """A run stopped because it was asked to, with all it did saved."""
 

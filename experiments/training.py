@@ -163,6 +163,7 @@ def train(
         records.Preempted: `stopping` said so; what was done is saved.
     """
     settings = config.training
+    start = records.on_device(start)
     method = methods.make_method(
         config.method, settings.method, graphdef, settings.microbatches, config.update_norms
     )
@@ -178,16 +179,15 @@ def train(
         rows = run.rows()
         if finished:
             return rows
-        state = run.restore(
-            State(
-                params=start,
-                opt_state=method.optimizer.init(start),
-                cumulative_kl=jnp.float32(0),
-                rollouts=sampling.no_rollouts(
-                    config.start.task, settings.prompts * settings.group_size
-                ),
-            )
+        fresh = State(
+            params=start,
+            opt_state=method.optimizer.init(start),
+            cumulative_kl=jnp.float32(0),
+            rollouts=sampling.no_rollouts(
+                config.start.task, settings.prompts * settings.group_size
+            ),
         )
+        state = records.on_device(run.restore(fresh))
         run.begin(state, [_without_early_validation(row, settings) for row in rows])
         if run.step is None:
             row = {"step": 0, "start_kl": 0.0, "cumulative_kl": 0.0, "validation": validate(start)}
@@ -280,10 +280,10 @@ def _step(
     minibatch: methods.Microbatch,
 ) -> tuple[State, dict[str, float]]:
     """One optimizer step, and what there is to say about it."""
+    arguments = method, state.params, state.opt_state, minibatch
+    update.lower(*arguments).compile()  # at the first step only, and not timed
     began = time.perf_counter()
-    params, opt_state, lengths = jax.block_until_ready(
-        update(method, state.params, state.opt_state, minibatch)
-    )
+    params, opt_state, lengths = jax.block_until_ready(update(*arguments))
     seconds = time.perf_counter() - began
     divergences = _divergences(graphdef, state.params, params, start, state.rollouts)
     cumulative_kl = state.cumulative_kl + divergences["step_kl"]

@@ -117,7 +117,8 @@ def warm_start(
         optax.clip_by_global_norm(config.max_gradient_norm), optax.adamw(config.learning_rate)
     )
     with records.Run.beside(directory, config, stopping, grows=("max_steps",)) as run:
-        state = run.restore(State(params, optimizer.init(params), jnp.float32(jnp.nan)))
+        fresh = State(params, optimizer.init(params), jnp.float32(jnp.nan))
+        state = records.on_device(run.restore(fresh))
         finished = bool(state.accuracy >= config.target_accuracy)
         on_open(run, finished)
         if finished:

@@ -1,8 +1,10 @@
 """Every method end to end on a tiny decoder, and what interruptions may not change."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
+import types
 
 import chex
 import jax
@@ -177,13 +179,13 @@ def test_a_run_that_diverges_stops_there_unfinished(poison, start, tmp_path, mon
     def train():
         return training.train(config_of("reinforce"), *start, tmp_path)
 
-    steps = itertools.count(1)
     update = training.update
-    monkeypatch.setattr(
-        training,
-        "update",
-        lambda *arguments: poison(*update(*arguments)) if next(steps) >= 5 else update(*arguments),
-    )
+
+    def poisoned(*arguments):
+        return poison(*update(*arguments)) if next(steps) >= 5 else update(*arguments)
+
+    poisoned.lower = update.lower
+    monkeypatch.setattr(training, "update", poisoned)
     for first in (1, 5):
         steps = itertools.count(first)
         with pytest.raises(records.Failure, match=r"Step 5 gave .* unfinished, with checkpoint 4"):
@@ -209,6 +211,60 @@ def test_a_directory_does_not_mix_settings(start, tmp_path):
         records.OtherSettings, match=r"training\.method\.learning_rate: 0\.003 there, 1\.0 now"
     ):
         records.Run(tmp_path, training.RunConfig("grpo", 0, START, other))
+
+
+@pytest.fixture
+def compiled():
+    """How often each program has been compiled since the test began."""
+    names = collections.Counter()
+
+    def count(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names[about["fun_name"]] += 1
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(count)
+
+
+@pytest.mark.parametrize("method", ["reinforce", "proma_accumulation", "proma_intra"])
+def test_only_the_first_step_compiles_and_it_is_not_timed(method, compiled, tmp_path, monkeypatch):
+    settings = dataclasses.replace(TRAINING, validation_every=1)
+    config = training.RunConfig(method, 0, START, settings)
+    warm_start.warm_start(START, tmp_path / "start")
+
+    def train(until):
+        restored = warm_start.warm_start(START, tmp_path / "start")
+        jax.clear_caches()
+        compiled.clear()
+        counts, clock = {}, []
+
+        def perf_counter():
+            clock.append(compiled.total())
+            return float(len(clock))
+
+        def on_row(row):
+            counts[row["step"]] = compiled.total()
+
+        monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=perf_counter))
+        with contextlib.suppress(records.Preempted):
+            training.train(
+                config,
+                *restored,
+                tmp_path / "run",
+                on_row=on_row,
+                stopping=lambda: until in counts,
+            )
+        assert clock[0::2] == clock[1::2]
+        assert compiled["jit(update)"] == compiled["jit(_divergences)"] == 1
+        return counts
+
+    fresh, resumed = train(until=2), train(until=6)
+    assert list(fresh) == [0, 1, 2]
+    assert fresh[1] == fresh[2]
+    assert list(resumed) == [3, 4, 5, 6]
+    assert len(set(resumed.values())) == 1
 
 
 def changed(config, **settings):
@@ -276,7 +332,7 @@ def test_a_start_that_failed_keeps_its_folder_free(start, tmp_path, monkeypatch)
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "update", fail)
+        patched.setattr(training, "collect", fail)
         with pytest.raises(MemoryError):
             training.train(config, *start, directory)
     assert (directory / "config.json").exists()

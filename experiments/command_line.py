@@ -8,6 +8,7 @@ is for bugs.
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import signal
 import sys
@@ -30,7 +31,10 @@ def run(command: type[Command], main: Callable[[Command], None], prog: str) -> N
     except records.Failure as failure:
         _exit(1, f"error: {failure}")
     except KeyboardInterrupt:
-        _exit(128 + signal.SIGINT, "Interrupted.")
+        print("Interrupted.", file=sys.stderr)
+        sys.stdout.flush()
+        # XLA that was interrupted while it compiled may crash in an ordinary exit.
+        os._exit(128 + signal.SIGINT)
 
 
 def _exit(status: int, message: str) -> NoReturn:

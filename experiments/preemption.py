@@ -1,7 +1,9 @@
 """SIGTERM, sent before a machine is taken away, and Ctrl-C: save after the step, then stop."""
 
 import contextlib
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 from experiments import records, report
@@ -11,7 +13,8 @@ from experiments import records, report
 def handled() -> Iterator[Callable[[], bool]]:
     """Gives the function that says whether to stop; `records.Preempted` ends in its message.
 
-    A second Ctrl-C interrupts at once. The handlers from before come back at the end.
+    A signal is acknowledged at once, and a second Ctrl-C interrupts. The handlers from before come
+    back at the end.
     """
     asked = []
 
@@ -22,9 +25,35 @@ def handled() -> Iterator[Callable[[], bool]]:
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: bool(asked)
+        with _acknowledged():
+            yield lambda: bool(asked)
     except records.Preempted as preempted:
         report.terminal.print(preempted, highlight=False, soft_wrap=True)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _acknowledged() -> Iterator[None]:
+    """Acknowledges the first signal also while the main thread, which handles it, is in a step."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def acknowledge():
+        for number in iter(lambda: os.read(reader, 1), b""):
+            if number[0] in (signal.SIGTERM, signal.SIGINT):
+                again = " (again to stop at once)" if number[0] == signal.SIGINT else ""
+                report.terminal.print(f"Stopping after this step{again}.", highlight=False)
+                return
+
+    thread = threading.Thread(target=acknowledge)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        thread.join()
+        os.close(reader)

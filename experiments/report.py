@@ -1,17 +1,21 @@
 """What the commands print: settings, progress, and the table of results."""
 
-import contextlib
+import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from statistics import fmean, median, stdev
+from typing import Self
 
 import jax
 from flax import nnx
-from rich import box, console, progress, table
+from rich import box, console, progress, table, text
 
 from experiments import figures, records, training, warm_start
 
 terminal = console.Console()
+SECONDS_BETWEEN_LINES = 10.0
+"""Of progress, where there is no terminal."""
 
 
 def settings(config: training.TrainingConfig, start: warm_start.WarmStartConfig) -> None:
@@ -34,47 +38,109 @@ def settings(config: training.TrainingConfig, start: warm_start.WarmStartConfig)
     )
 
 
-@contextlib.contextmanager
-def bar(name: str, total: int | None) -> Iterator[Callable[[records.Row], None]]:
-    """A progress bar over `total` steps, if known; gives the function to call with every row."""
-    columns = (
-        progress.TextColumn("{task.description:<28}"),
-        progress.BarColumn(bar_width=20),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[latest]}"),
-        progress.TimeElapsedColumn(),
-    )
-    with progress.Progress(*columns, console=terminal) as shown:
-        task = shown.add_task(name, total=total, latest="")
-        latest = {}
+class _Pace(progress.ProgressColumn):
+    """Seconds per step, and the time left if the number of steps is known."""
 
-        def on_row(row: records.Row) -> None:
-            latest.update({k: row[k] for k in ("loss", "reward", "validation") if k in row})
-            text = "  ".join(f"{key} {value:.2f}" for key, value in latest.items())
-            shown.update(task, completed=row["step"], latest=text)
+    def render(self, task: progress.Task) -> text.Text:
+        if not task.speed:
+            return text.Text()
+        left = f", {timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
+        return text.Text(f"{1 / task.speed:.2f} s/step{left}")
 
-        yield on_row
+
+class _Shown:
+    """A run's progress while it goes on: a bar in a terminal, elsewhere a line now and then.
+
+    Args:
+        name: of the run.
+        total: its steps, if known.
+
+    Attributes:
+        directory: where the run is, once it is opened.
+    """
+
+    directory: pathlib.Path
+
+    def __init__(self, name: str, total: int | None):
+        self._columns = (
+            progress.TextColumn("{task.description}"),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[latest]}"),
+            _Pace(),
+        )
+        self._bar = progress.Progress(
+            progress.BarColumn(bar_width=8),
+            *self._columns,
+            console=terminal,
+            disable=not terminal.is_terminal,
+            speed_estimate_period=math.inf,
+        )
+        self._name = name
+        self._task = self._bar.add_task(name, total=total, latest="compiling")
+        self._latest: dict[str, float] = {}
+        self._is_compiled = False
+        self._next_line = -math.inf
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.stop()
+
+    def opened(self, run: records.Run, finished: bool) -> None:
+        """Says where the run is, and where it begins."""
+        self.directory = run.directory
+        for passed in run.passed:
+            _print(f"{passed} This one goes beside it.")
+        how = f"resumed from step {run.step}" if run.step else "begun"
+        _print(f"{self._name}: {'complete already' if finished else how}, in {run.directory}")
+        self._bar.update(self._task, completed=run.step or 0, visible=not finished)
+        if not finished:
+            self._line()
+
+    def row(self, row: records.Row) -> None:
+        """Shows a step's row; the first step, which compiles, is left out of the pace."""
+        names = {"loss": "loss", "validation": "score"}  # with more, 80 columns are too few
+        self._latest |= {name: row[key] for key, name in names.items() if key in row}
+        if row["step"] == 0:
+            return
+        latest = "  ".join(f"{key} {value:.2f}" for key, value in self._latest.items())
+        step = int(row["step"])
+        if self._is_compiled:
+            self._bar.update(self._task, completed=step, latest=latest)
+        else:
+            self._bar.reset(self._task, completed=step, latest=latest)
+            self._bar.advance(self._task, 0)
+            self._is_compiled = True
+        self._line()
+
+    def _line(self) -> None:
+        [task] = self._bar.tasks
+        now = self._bar.get_time()
+        if self._bar.disable and (now >= self._next_line or task.finished):
+            self._next_line = now + SECONDS_BETWEEN_LINES
+            cells = (str(column(task)).strip() for column in self._columns)
+            _print("  ".join(filter(None, cells)))
+
+
+def _print(line: str) -> None:
+    terminal.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def start(
     config: warm_start.WarmStartConfig, directory: pathlib.Path, stopping: Callable[[], bool]
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """The warm start, with a progress bar while it trains."""
-
-    def on_open(run: records.Run, finished: bool) -> None:
-        nonlocal directory
-        directory = run.directory
-        _tell_passed(run)
-
-    with bar("warm start", None) as on_check:
-        graphdef, params = warm_start.warm_start(config, directory, on_check, stopping, on_open)
-        last = records.read_metrics(directory)[-1]
-        on_check(last)
+    """The warm start, with its progress while it trains."""
+    with _Shown("warm start", None) as shown:
+        graphdef, params = warm_start.warm_start(
+            config, directory, shown.row, stopping, shown.opened
+        )
+    last = records.read_metrics(shown.directory)[-1]
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    terminal.print(
+    _print(
         f"Warm start: {size:,} parameters, greedy validation accuracy {last['validation']:.2f} "
-        f"after {last['step']} supervised steps, in {directory}",
-        highlight=False,
+        f"after {last['step']} supervised steps"
     )
     return graphdef, params
 
@@ -86,32 +152,18 @@ def train(
     directory: pathlib.Path,
     stopping: Callable[[], bool],
 ) -> tuple[pathlib.Path, list[records.Row]]:
-    """One run, with a progress bar; where it is, and its metrics."""
-
-    def on_open(run: records.Run, finished: bool) -> None:
-        nonlocal directory
-        directory = run.directory
-        _tell_passed(run)
-        if finished:
-            terminal.print(f"  complete already, taken from {directory}", highlight=False)
-
-    with bar(f"{config.method}, seed {config.seed}", config.training.steps) as show:
+    """One run, with its progress; where it is, and its metrics."""
+    with _Shown(f"{config.method}, seed {config.seed}", config.training.steps) as shown:
         rows = training.train(
             config,
             graphdef,
             params,
             directory,
-            on_open=on_open,
-            on_row=show,
+            on_open=shown.opened,
+            on_row=shown.row,
             stopping=stopping,
         )
-        show(rows[-1])
-    return directory, rows
-
-
-def _tell_passed(run: records.Run) -> None:
-    for passed in run.passed:
-        terminal.print(f"{passed} This one is in {run.directory}.", highlight=False)
+    return shown.directory, rows
 
 
 # header, decimals, and the number to show of a run's rows

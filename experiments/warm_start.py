@@ -87,7 +87,7 @@ class State(NamedTuple):
 def warm_start(
     config: WarmStartConfig,
     directory: pathlib.Path,
-    on_check: Callable[[records.Row], None] = lambda row: None,
+    on_row: Callable[[records.Row], None] = lambda row: None,
     stopping: Callable[[], bool] = lambda: False,
     on_open: Callable[[records.Run, bool], None] = lambda run, finished: None,
 ) -> tuple[nnx.GraphDef, nnx.State]:
@@ -97,7 +97,8 @@ def warm_start(
         config: its settings.
         directory: where it is, or will be, or beside it (`records.Run.beside`) if a start with
             other settings is there.
-        on_check: called with a row (step, loss, validation) at every check of the accuracy.
+        on_row: called with each step's row (step, loss and, if the accuracy was checked,
+            validation).
         stopping: called after each step, and while another process works on the start; True stops
             the training there.
         on_open: called with the start's records, and whether it is finished.
@@ -142,10 +143,10 @@ def warm_start(
                 state = state._replace(accuracy=jnp.float32(accuracy))
                 row["validation"] = accuracy
                 run.log(row)
-                on_check(row)
                 run.save(step, state)
-                if accuracy >= config.target_accuracy:
-                    return graphdef, params
+            on_row(row)
+            if state.accuracy >= config.target_accuracy:
+                return graphdef, params
             if stopping():
                 run.stop(step, state)
     raise records.Failure(

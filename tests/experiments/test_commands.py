@@ -234,6 +234,7 @@ def interrupt(command):
 )
 def test_what_ends_a_command_is_told_in_a_line(main, status, told, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prog"])
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
         command_line.run(compare.Command, main, "prog")
     assert capsys.readouterr().err == f"{told}\n"

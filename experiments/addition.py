@@ -34,8 +34,7 @@ class Addition:
     """The task: which problems there are, and how they read as tokens."""
 
     digits: Annotated[int, Field(ge=1, le=4)] = 2
-    """Most digits of an operand; operands are drawn from 0 to 10^digits - 1. At 4, the most, a list
-    of all problems takes 0.8 GB."""
+    """Most digits of an operand, drawn from 0 to 10^digits - 1; at 4, all problems take 0.8 GB."""
     validation_problems: checked.Count = 512
     """Problems held out for validation."""
     seed: checked.Seed = 0

@@ -17,8 +17,10 @@ from experiments.training import RunConfig, TrainingConfig, check_together, upda
 class Command:
     """Trains all methods from one warm start, with the same prompts and seeds, and compares them.
 
-    Run again, it goes on where it was interrupted, and takes finished runs as they are. Results go
-    to runs/compare in the current folder, the warm start to runs/warm_start.
+    Run again, it goes on where it was interrupted, and takes finished runs as they are.
+
+    Results go to runs/compare/<method>/seed_<seed> in the current folder, the figures of the latest
+    comparison to runs/compare/figures, and the warm start to runs/warm_start.
     """
 
     methods: Annotated[tuple[MethodName, ...], Field(min_length=1)] = (
@@ -33,8 +35,7 @@ class Command:
     seeds: Annotated[tuple[checked.Seed, ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds of prompts, sampling and shuffling; every method runs once with each."""
     directory: pathlib.Path = pathlib.Path("runs/compare")
-    """Where runs go, each to <method>/seed_<seed>, seed_<seed>-2 and so on with other settings, and
-    the figures of the latest comparison."""
+    """Where figures and runs go, each to <method>/seed_<seed>, with other settings beside it."""
     start_directory: pathlib.Path = pathlib.Path("runs/warm_start")
     """Where the warm start is, or will be."""
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()

@@ -22,10 +22,9 @@ class Command:
     seed: checked.Seed = 0
     """Of prompts, sampling and shuffling."""
     match: pathlib.Path | None = None
-    """grpo_matched: the folder of the run whose update norms it takes on, of as many steps or
-    more."""
+    """grpo_matched: folder of a run, of as many steps or more, whose update norms it takes on."""
     directory: pathlib.Path = pathlib.Path("runs/train")
-    """Where runs go, each to <method>/seed_<seed>; seed_<seed>-2 and so on with other settings."""
+    """Where runs go, each to <method>/seed_<seed>, with other settings to seed_<seed>-2 and on."""
     start_directory: pathlib.Path = pathlib.Path("runs/warm_start")
     """Where the warm start is, or will be."""
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()

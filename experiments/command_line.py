@@ -1,7 +1,7 @@
 """From the command line to settings, and to one or two plain lines where something is refused.
 
 A refusal names the flag, the value and what is allowed, and exits with status 2; what fails later
-for a reason that a user can mend (`records.Failure`) exits with 1. Neither shows a traceback, which
+for a reason that a user can mend (`files.Failure`) exits with 1. Neither shows a traceback, which
 is for bugs.
 """
 
@@ -19,7 +19,7 @@ import pydantic
 import tyro
 from rich import text
 
-from experiments import records
+from experiments import files
 
 Command = TypeVar("Command")
 
@@ -28,7 +28,7 @@ def run(command: type[Command], main: Callable[[Command], None], prog: str) -> N
     """Runs `main` with the settings that the command line gives."""
     try:
         main(read(command, prog))
-    except records.Failure as failure:
+    except files.Failure as failure:
         _exit(1, f"error: {failure}")
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

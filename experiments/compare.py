@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from experiments import checked, command_line, figures, preemption, records, report, warm_start
+from experiments import checked, command_line, figures, files, preemption, report, warm_start
 from experiments.methods import MethodName
 from experiments.training import RunConfig, TrainingConfig, check_together, update_norms
 
@@ -57,7 +57,7 @@ class Command:
 def main(command: Command) -> None:
     """Runs the command."""
     runs = [_directory(command, name, seed) for name in command.methods for seed in command.seeds]
-    records.check_writable(command.start_directory, command.directory / "figures", *runs)
+    files.check_writable(command.start_directory, command.directory / "figures", *runs)
     with preemption.handled() as stopping:
         _compare(command, stopping)
 
@@ -84,7 +84,7 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
     files = figures.draw(results, command.directory / "figures")
     report.terminal.print(
         f"Settings, environment, metrics, checkpoints: {command.directory}/<method>/seed_<seed>, "
-        "or as said above\n"
+        "unless said above\n"
         f"Figures: {', '.join(map(str, files))}\n"
         f"Done in {(time.monotonic() - began) / 60:.1f} minutes.",
         highlight=False,

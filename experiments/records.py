@@ -23,10 +23,8 @@ damaged or shortened since is seen, and named.
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import pathlib
@@ -34,11 +32,10 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, Self, TextIO, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +43,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import proma_jax as proma
+from experiments import files
 
 Row = Mapping[str, float]
 State = TypeVar("State")
@@ -53,11 +51,7 @@ State = TypeVar("State")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "proma_jax")
 
 
-class Failure(Exception):
-    """What a user can mend: its message, of one or two lines, says what is wrong and what to do."""
-
-
-class OtherSettings(Failure):
+class OtherSettings(files.Failure):
     """A directory holds a run with other settings."""
 
 
@@ -97,7 +91,7 @@ def read_metrics(directory: pathlib.Path) -> list[Row]:
     """The rows of a run's metrics; a last line cut off by an interruption is left out.
 
     Raises:
-        Failure: another line is no row.
+        files.Failure: another line is no row.
     """
     path = directory / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -105,35 +99,8 @@ def read_metrics(directory: pathlib.Path) -> list[Row]:
     for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):
             cure = "Delete that line and those after it, or put back a copy of the file."
-            rows.append(_parse(line, dict, f"{path}, line {number},", cure, keys=["step"]))
+            rows.append(files.parse(line, dict, f"{path}, line {number},", cure, keys=["step"]))
     return rows
-
-
-def _parse(
-    text: bytes, kind: type[dict] | type[list], name: str, cure: str, keys: Iterable[str] = ()
-) -> Any:
-    """The dict, with at least these keys, or the list in a file or a line of JSON.
-
-    Raises:
-        Failure: it holds none; says the cure.
-    """
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
-
-    with contextlib.suppress(ValueError):
-        parsed = json.loads(text, parse_constant=refuse)
-        if isinstance(parsed, kind) and all(key in parsed for key in keys):
-            return parsed
-    needed = " with ".join([kind.__name__, *keys])
-    raise Failure(f"{name} is damaged: it is no JSON {needed}. {cure}")
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Writes a whole file, or, if interrupted, nothing."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _line(row: Row) -> str:
@@ -160,29 +127,6 @@ def _differences(old: Any, new: Any, grows: Collection[str], name: str = "") -> 
     return [f"{name}: {there} there, {now} now"]
 
 
-@contextlib.contextmanager
-def _writing(directory: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise Failure(
-            f"{directory} cannot be written: {error}. Make it writable or choose another directory."
-        ) from error
-
-
-def check_writable(*directories: pathlib.Path) -> None:
-    """Makes sure, without leaving a trace, that files can be made in directories yet to be made.
-
-    Raises:
-        Failure: one cannot be made or written.
-    """
-    for directory in directories:
-        with _writing(directory):
-            here = directory.absolute()
-            existing = next(path for path in (here, *here.parents) if path.exists())
-            tempfile.TemporaryFile(dir=existing).close()
-
-
 def _end(error: Exception) -> str:
     """What a long message of orbax says last, which is the cause."""
     message = " ".join(str(error).split())
@@ -194,7 +138,7 @@ def _reading(checkpoint: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # orbax documents none, and raises many
-        raise Failure(
+        raise files.Failure(
             f"{checkpoint} is damaged, or of another version of orbax or this program ("
             f"{_end(error)}). Put back a copy of it, or delete it: the run "
             "goes on from the checkpoint before it or, if there is none, begins anew."
@@ -206,48 +150,10 @@ def _saving(checkpoints: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise Failure(
+        raise files.Failure(
             f"{checkpoints} cannot be written: {_end(error)}. Make room for "
             "it; the same command goes on from the last checkpoint there."
         ) from error
-
-
-def _try_lock(file: TextIO) -> bool:
-    """Locks a file, unless another process has; says whether it did."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _alone(
-    directory: pathlib.Path, stopping: Callable[[], bool], check: Callable[[], None]
-) -> Iterator[None]:
-    """Waits, checking again and again, until no other process is in here; a killed one leaves."""
-    with (directory / "lock").open("w") as file:
-        is_told = False
-        while not _try_lock(file):
-            check()
-            if not is_told:
-                logging.getLogger(__name__).warning(
-                    "%s: waiting for another process that works on it", directory
-                )
-                is_told = True
-            if stopping():
-                raise Preempted(f"Preempted while another process worked on {directory}.")
-            time.sleep(0.1)
-        yield
-
-
-def on_device(state: State) -> State:
-    """A state with all its arrays committed to the first device.
-
-    A restored array is, and a new one is not: `jax.jit` would compile for a mixture of both and
-    then again for its own results, which are all committed.
-    """
-    return jax.device_put(state, jax.devices()[0])
 
 
 class Preempted(Exception):
@@ -267,7 +173,7 @@ class Run:
     Raises:
         Preempted: `stopping` said so.
         OtherSettings: the directory holds a run with other settings.
-        Failure: the directory is damaged, or cannot be written.
+        files.Failure: the directory is damaged, or cannot be written.
 
     Attributes:
         directory: where it is, absolute.
@@ -288,9 +194,15 @@ class Run:
         self._row_count = 0
         self._settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
         self._grows = grows
-        with contextlib.ExitStack() as opened, _writing(directory):
+
+        def while_waiting():
+            self._check_settings()
+            if stopping():
+                raise Preempted(f"Preempted while another process worked on {self.directory}.")
+
+        with contextlib.ExitStack() as opened, files.writing(directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            opened.enter_context(_alone(self.directory, stopping, self._check_settings))
+            opened.enter_context(files.alone(self.directory, while_waiting))
             if self._is_begun():
                 self._check_settings()
             self._checkpoints.mkdir(exist_ok=True)
@@ -335,7 +247,7 @@ class Run:
             return
         cure = "Put back a copy of it, or choose another directory."
         content = self._config.read_bytes() if self._config.exists() else b""
-        old = _parse(content, dict, str(self._config), cure)
+        old = files.parse(content, dict, str(self._config), cure)
         differences = _differences(old, self._settings, self._grows)
         if differences:
             raise OtherSettings(
@@ -355,15 +267,19 @@ class Run:
         return self._manager.latest_step()
 
     def restore(self, state: State) -> State:
-        """The checkpointed state, or `state` if there is none.
+        """The checkpointed state, or `state` if there is none, all of it on the first device.
+
+        A restored array is committed to its device, and a new one is not: for a mixture of both
+        `jax.jit` would compile once, and again for its own results, which are all committed.
 
         Args:
-            state: the state to start from; also says the structure, dtypes and shardings.
+            state: the state to start from; also says the structure and dtypes.
 
         Raises:
-            Failure: the checkpoint is damaged or does not fit `state`.
+            files.Failure: the checkpoint is damaged or does not fit `state`.
         """
         step = self.step
+        state = jax.device_put(state, jax.devices()[0])
         if step is None:
             return state
         checkpoint = self._checkpoints / str(step)
@@ -373,7 +289,7 @@ class Run:
             try:
                 proma.check_restorable(saved, state)
             except ValueError as error:
-                raise Failure(
+                raise files.Failure(
                     f"{checkpoint} cannot be restored: {error}. Start in another directory, or go "
                     f"on with the git_commit that {self.directory / 'environment.json'} names."
                 ) from error
@@ -390,7 +306,7 @@ class Run:
         """The metrics up to the checkpoint.
 
         Raises:
-            Failure: they are not all there.
+            files.Failure: they are not all there.
         """
         step = self.step
         if step is None:
@@ -400,7 +316,7 @@ class Run:
             expected = self._manager.metadata(step).custom_metadata["rows"]
         rows = [row for row in read_metrics(self.directory) if row["step"] <= step]
         if len(rows) != expected:
-            raise Failure(
+            raise files.Failure(
                 f"{self.directory / 'metrics.jsonl'} is damaged: {len(rows)} rows up to step "
                 f"{step}, but {expected} when {checkpoint} was saved. Put back a copy of the file, "
                 "or choose another directory."
@@ -415,14 +331,14 @@ class Run:
             rows: the metrics up to the checkpoint, by default as they are.
 
         Raises:
-            Failure: the directory is damaged, cannot be written, or has no room for the
+            files.Failure: the directory is damaged, cannot be written, or has no room for the
                 checkpoints.
         """
         copies = 2 if self.step is None else 1  # an old and a new checkpoint exist at a time
         needed = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            raise Failure(
+            raise files.Failure(
                 f"{self.directory} has no room for checkpoints: {needed:,} bytes needed, {free:,} "
                 "free. Free some space or choose another directory."
             )
@@ -430,17 +346,17 @@ class Run:
         cure = (
             "Put back a copy of it, or delete it: only what it says of earlier processes is lost."
         )
-        earlier = _parse(path.read_bytes(), list, str(path), cure) if path.exists() else []
+        earlier = files.parse(path.read_bytes(), list, str(path), cure) if path.exists() else []
         rows = self.rows() if rows is None else rows
         self._row_count = len(rows)
-        with _writing(self.directory):
-            _replace(self._config, json.dumps(self._settings, indent=2) + "\n")
-            _replace(path, json.dumps([*earlier, environment()], indent=2) + "\n")
-            _replace(self.directory / "metrics.jsonl", "".join(map(_line, rows)))
+        with files.writing(self.directory):
+            files.replace(self._config, json.dumps(self._settings, indent=2) + "\n")
+            files.replace(path, json.dumps([*earlier, environment()], indent=2) + "\n")
+            files.replace(self.directory / "metrics.jsonl", "".join(map(_line, rows)))
 
     def log(self, row: Row) -> None:
         """Appends a row, which has a "step", to the metrics."""
-        with _writing(self.directory), (self.directory / "metrics.jsonl").open("a") as file:
+        with files.writing(self.directory), (self.directory / "metrics.jsonl").open("a") as file:
             file.write(_line(row))
         self._row_count += 1
 
@@ -448,7 +364,7 @@ class Run:
         """Ends the run if its latest row, or its state after it, has a number that is not finite.
 
         Raises:
-            Failure: it has.
+            files.Failure: it has.
         """
         found = [f"{name} {x}" for name, x in row.items() if not math.isfinite(x)] + [
             jax.tree_util.keystr(path)
@@ -456,9 +372,10 @@ class Run:
             if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all()
         ]
         if found:
-            self._manager.wait_until_finished()
+            with _saving(self._checkpoints):
+                self._manager.wait_until_finished()
             kept = "no checkpoint yet" if self.step is None else f"checkpoint {self.step} in it"
-            raise Failure(
+            raise files.Failure(
                 f"Step {row['step']} gave numbers that are not finite: "
                 f"{textwrap.shorten(', '.join(found), 100)}. The run in {self.directory} stops "
                 f"there, unfinished, with {kept}.\nThe same command stops there again; a run with "
@@ -471,7 +388,7 @@ class Run:
         An error in the background is raised by the next `save`, or when the run is closed.
 
         Raises:
-            Failure: a checkpoint could not be written.
+            files.Failure: a checkpoint could not be written.
         """
         with _saving(self._checkpoints):
             self._manager.save(

@@ -4,7 +4,7 @@ import pathlib
 
 from pydantic.dataclasses import dataclass
 
-from experiments import checked, command_line, preemption, records, report, warm_start
+from experiments import checked, command_line, files, preemption, records, report, warm_start
 from experiments.methods import MethodName
 from experiments.training import RunConfig, TrainingConfig, update_norms
 
@@ -57,7 +57,7 @@ def main(command: Command) -> None:
     """Runs the command."""
     config = command.run_config()
     directory = command.directory / command.method / f"seed_{command.seed}"
-    records.check_writable(directory, command.start_directory)
+    files.check_writable(directory, command.start_directory)
     report.settings(config.training, config.start)
     with preemption.handled() as stopping:
         graphdef, params = report.start(config.start, command.start_directory, stopping)

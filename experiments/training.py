@@ -157,13 +157,12 @@ def train(
         the update, and at times `validation`, the greedy accuracy on the held-out prompts.
 
     Raises:
-        records.Failure: a step gave numbers that are not finite; or the directory holds a
+        files.Failure: a step gave numbers that are not finite; or the directory holds a
             checkpoint that does not fit, is damaged, cannot be written, or has no room for the
             checkpoints.
         records.Preempted: `stopping` said so; what was done is saved.
     """
     settings = config.training
-    start = records.on_device(start)
     method = methods.make_method(
         config.method, settings.method, graphdef, settings.microbatches, config.update_norms
     )
@@ -174,9 +173,9 @@ def train(
 
     grows = ("training.steps", "update_norms", "start.max_steps")
     with records.Run.beside(directory, config, stopping, grows=grows) as run:
+        rows = run.rows()
         finished = run.step == settings.steps
         on_open(run, finished)
-        rows = run.rows()
         if finished:
             return rows
         fresh = State(
@@ -187,7 +186,7 @@ def train(
                 config.start.task, settings.prompts * settings.group_size
             ),
         )
-        state = records.on_device(run.restore(fresh))
+        state = run.restore(fresh)
         run.begin(state, [_without_early_validation(row, settings) for row in rows])
         if run.step is None:
             row = {"step": 0, "start_kl": 0.0, "cumulative_kl": 0.0, "validation": validate(start)}

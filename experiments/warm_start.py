@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from pydantic.dataclasses import dataclass
 
-from experiments import addition, checked, records, sampling
+from experiments import addition, checked, files, records, sampling
 from experiments.decoder import Decoder, DecoderConfig
 from proma_jax import policy_gradient as pg
 
@@ -107,7 +107,7 @@ def warm_start(
         The decoder as `nnx.split` gives it.
 
     Raises:
-        records.Failure: the directory holds a checkpoint that does not fit, is damaged, cannot be
+        files.Failure: the directory holds a checkpoint that does not fit, is damaged, cannot be
             written, or has no room for the checkpoints; a step gave numbers that are not finite; or
             the target was not reached within max_steps.
         records.Preempted: `stopping` said so; what was done is saved.
@@ -119,12 +119,13 @@ def warm_start(
     )
     with records.Run.beside(directory, config, stopping, grows=("max_steps",)) as run:
         fresh = State(params, optimizer.init(params), jnp.float32(jnp.nan))
-        state = records.on_device(run.restore(fresh))
+        state = run.restore(fresh)
+        rows = run.rows()
         finished = bool(state.accuracy >= config.target_accuracy)
         on_open(run, finished)
         if finished:
             return graphdef, state.params
-        run.begin(state)
+        run.begin(state, rows)
         done = run.step or 0
         rng = np.random.default_rng(config.seed)
         validation_prompts = task.validation_prompts()
@@ -149,7 +150,7 @@ def warm_start(
                 return graphdef, params
             if stopping():
                 run.stop(step, state)
-    raise records.Failure(
+    raise files.Failure(
         f"The warm start has a greedy validation accuracy of {state.accuracy:.2f} after "
         f"{config.max_steps} steps, below --start.target-accuracy {config.target_accuracy}. With a "
         "larger --start.max-steps it goes on; with a lower target another begins."

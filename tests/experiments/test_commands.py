@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from experiments import command_line, compare, figures, methods, records, train, training
+from experiments import command_line, compare, figures, files, methods, records, train, training
 from tests.experiments import tiny
 
 
@@ -221,7 +221,7 @@ def test_compare_with_other_settings_goes_beside_and_comes_back(tmp_path):
 
 
 def fail(command):
-    raise records.Failure("the disk is full.")
+    raise files.Failure("the disk is full.")
 
 
 def interrupt(command):

@@ -8,7 +8,7 @@ import chex
 import jax.numpy as jnp
 import pytest
 
-from experiments import records
+from experiments import files, records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ def put_a_folder_in_the_place_of_the_lock(directory):
 def test_what_is_damaged_is_named_with_what_to_do(damage, message, directory):
     damage(directory)
     before = {path: path.read_bytes() for path in directory.rglob("*.json*")}
-    with pytest.raises(records.Failure, match=f"{directory}.*{message}") as failure:
+    with pytest.raises(files.Failure, match=f"{directory}.*{message}") as failure:
         go_on(directory)
     assert "\n" not in str(failure.value)
     assert before == {path: path.read_bytes() for path in directory.rglob("*.json*")}
@@ -172,7 +172,7 @@ def test_a_number_that_is_not_finite_ends_a_run(row, state, named, directory):
         run.begin(STATE)
         run.log(row)
         with pytest.raises(
-            records.Failure, match=f"Step 6 gave .* finite: {named}.* checkpoint 5 in it"
+            files.Failure, match=f"Step 6 gave .* finite: {named}.* checkpoint 5 in it"
         ):
             run.check_finite(row, state)
     last = (directory / "metrics.jsonl").read_text().splitlines()[-1]

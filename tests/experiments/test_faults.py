@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import compare, methods, preemption, records, train, training, warm_start
+from experiments import compare, files, methods, preemption, records, train, training, warm_start
 from tests.experiments import tiny
 
 START = dataclasses.replace(tiny.START, check_every=warm_start.WarmStartConfig.check_every)
@@ -249,7 +249,7 @@ def state():
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     for directory in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(records.Failure, match=f"{directory} cannot be written: .* choose"):
+        with pytest.raises(files.Failure, match=f"{directory} cannot be written: .* choose"):
             records.Run(directory, Settings())
 
 
@@ -264,7 +264,7 @@ def test_a_command_finds_its_folder_unwritable_before_the_warm_start(module, tmp
         start=START,
         training=TRAINING,
     )
-    with pytest.raises(records.Failure, match=r"file/.* cannot be written: .* choose another"):
+    with pytest.raises(files.Failure, match=r"file/.* cannot be written: .* choose another"):
         module.main(command)
     assert not (tmp_path / "start").exists()
 
@@ -272,7 +272,7 @@ def test_a_command_finds_its_folder_unwritable_before_the_warm_start(module, tmp
 def test_a_folder_that_cannot_be_written_is_an_error_before_work_is_spent(state, tmp_path):
     with records.Run(tmp_path, Settings()) as run:
         (tmp_path / "environment.partial").mkdir()
-        with pytest.raises(records.Failure, match=f"{tmp_path} cannot be written: .* choose"):
+        with pytest.raises(files.Failure, match=f"{tmp_path} cannot be written: .* choose"):
             run.begin(state)
 
 
@@ -285,7 +285,7 @@ def test_no_room_for_the_checkpoints_is_an_error_before_work_is_spent(state, tmp
     with records.Run(tmp_path, Settings()) as run:
         set_free(2 * size - 1)
         with pytest.raises(
-            records.Failure, match=f"{tmp_path} .* 524,288 bytes needed, 524,287 free"
+            files.Failure, match=f"{tmp_path} .* 524,288 bytes needed, 524,287 free"
         ):
             run.begin(state)
         set_free(2 * size)
@@ -293,7 +293,7 @@ def test_no_room_for_the_checkpoints_is_an_error_before_work_is_spent(state, tmp
         run.save(1, state)
     with records.Run(tmp_path, Settings()) as run:
         set_free(size - 1)
-        with pytest.raises(records.Failure, match="262,144 bytes needed, 262,143 free"):
+        with pytest.raises(files.Failure, match="262,144 bytes needed, 262,143 free"):
             run.begin(state)
         set_free(size)
         run.begin(state)
@@ -364,7 +364,7 @@ def save_and_fail(directory, state, later_saves):
 def test_a_save_that_fails_in_the_background_is_an_error_and_loses_nothing(
     later_saves, state, tmp_path
 ):
-    with pytest.raises(records.Failure, match=f"{tmp_path}/checkpoints cannot .* File too large"):
+    with pytest.raises(files.Failure, match=f"{tmp_path}/checkpoints cannot .* File too large"):
         save_and_fail(tmp_path, state, later_saves)
     assert [row["step"] for row in records.read_metrics(tmp_path)] == [1, 2]
     with records.Run(tmp_path, Settings()) as run:
@@ -386,11 +386,9 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_that_says_why(wanted, messag
         run.begin(state)
         run.save(7, state)
     with records.Run(tmp_path, Settings()) as run:
-        with pytest.raises(records.Failure, match=f"checkpoints/7 cannot be restored: .*{message}"):
+        with pytest.raises(files.Failure, match=f"checkpoints/7 cannot be restored: .*{message}"):
             run.restore(wanted)
-        with pytest.raises(
-            records.Failure, match="another directory, or go on with the git_commit"
-        ):
+        with pytest.raises(files.Failure, match="another directory, or go on with the git_commit"):
             run.restore(wanted)
 
 
@@ -400,6 +398,6 @@ def test_a_state_of_another_version_is_an_error(tmp_path):
         run.save(1, {"version": jnp.int32(1)})
     with (
         records.Run(tmp_path, Settings()) as run,
-        pytest.raises(records.Failure, match="version is 1 there and 2 here"),
+        pytest.raises(files.Failure, match="version is 1 there and 2 here"),
     ):
         run.restore({"version": jnp.int32(2)})

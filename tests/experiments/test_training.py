@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import types
 
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import methods, records, sampling, training, warm_start
+from experiments import files, methods, records, sampling, training, warm_start
 from tests.experiments.tiny import START
 
 TRAINING = training.TrainingConfig(
@@ -188,7 +189,7 @@ def test_a_run_that_diverges_stops_there_unfinished(poison, start, tmp_path, mon
     monkeypatch.setattr(training, "update", poisoned)
     for first in (1, 5):
         steps = itertools.count(first)
-        with pytest.raises(records.Failure, match=r"Step 5 gave .* unfinished, with checkpoint 4"):
+        with pytest.raises(files.Failure, match=r"Step 5 gave .* unfinished, with checkpoint 4"):
             train()
         assert [path.name for path in tmp_path.glob("checkpoints/*")] == ["4"]
         assert [row["step"] for row in records.read_metrics(tmp_path)] == list(range(6))
@@ -198,7 +199,7 @@ def test_a_run_that_diverges_stops_there_unfinished(poison, start, tmp_path, mon
 
 def test_a_warm_start_that_diverges_stops_there(tmp_path):
     config = dataclasses.replace(START, learning_rate=1e30)
-    with pytest.raises(records.Failure, match=r"Step \d+ gave .* with no checkpoint"):
+    with pytest.raises(files.Failure, match=r"Step \d+ gave .* with no checkpoint"):
         warm_start.warm_start(config, tmp_path)
     assert not list(tmp_path.glob("checkpoints/*"))
 
@@ -422,9 +423,21 @@ def test_warm_start_is_reused_and_reaches_its_target(tmp_path):
     chex.assert_trees_all_equal(again[1], params)
 
 
+def test_damage_to_what_is_finished_is_named_too(start, tmp_path):
+    work = {
+        "start": functools.partial(warm_start.warm_start, START),
+        "run": functools.partial(training.train, config_of("grpo"), *start),
+    }
+    for name, go_on in work.items():
+        go_on(tmp_path / name)
+        (tmp_path / name / "metrics.jsonl").unlink()
+        with pytest.raises(files.Failure, match=f"{name}/metrics.jsonl is damaged: 0 rows"):
+            go_on(tmp_path / name)
+
+
 def test_a_warm_start_that_falls_short_is_an_error(tmp_path):
     config = dataclasses.replace(START, target_accuracy=1.0, max_steps=2, check_every=1)
-    with pytest.raises(records.Failure, match="after 2 steps"):
+    with pytest.raises(files.Failure, match="after 2 steps"):
         warm_start.warm_start(config, tmp_path)
 
 
@@ -433,7 +446,7 @@ def test_a_warm_start_that_fell_short_goes_on_when_it_is_given_more_steps(tmp_pa
     expected = warm_start.warm_start(config, tmp_path / "expected")
     steps = records.read_metrics(tmp_path / "expected")[-1]["step"]
     short = dataclasses.replace(config, max_steps=steps - 1)
-    with pytest.raises(records.Failure, match=f"after {steps - 1} steps"):
+    with pytest.raises(files.Failure, match=f"after {steps - 1} steps"):
         warm_start.warm_start(short, tmp_path / "start")
     chex.assert_trees_all_equal(warm_start.warm_start(config, tmp_path / "start"), expected)
     rows = map(records.read_metrics, (tmp_path / "start", tmp_path / "expected"))

@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 import proma_jax as proma
 from experiments import files
@@ -127,12 +128,6 @@ def _differences(old: Any, new: Any, grows: Collection[str], name: str = "") -> 
     return [f"{name}: {there} there, {now} now"]
 
 
-def _end(error: Exception) -> str:
-    """What a long message of orbax says last, which is the cause."""
-    message = " ".join(str(error).split())
-    return message if len(message) <= 150 else f"... {message[-150:]}"
-
-
 @contextlib.contextmanager
 def _reading(checkpoint: pathlib.Path) -> Iterator[None]:
     try:
@@ -140,9 +135,21 @@ def _reading(checkpoint: pathlib.Path) -> Iterator[None]:
     except Exception as error:  # orbax documents none, and raises many
         raise files.Failure(
             f"{checkpoint} is damaged, or of another version of orbax or this program ("
-            f"{_end(error)}). Put back a copy of it, or delete it: the run "
+            f"{textwrap.shorten(str(error), 100)}). Put back a copy of it, or delete it: the run "
             "goes on from the checkpoint before it or, if there is none, begins anew."
         ) from error
+
+
+def _read_through(checkpoint: pathlib.Path) -> None:
+    """Reads a checkpoint's arrays one by one; a Failure if one is damaged.
+
+    orbax reads them side by side, and where it finds damage its threads print tracebacks.
+    """
+    folder = {"driver": "file", "path": f"{checkpoint}/default/"}
+    with _reading(checkpoint):
+        arrays = tensorstore.KvStore.open({"driver": "ocdbt", "base": folder}).result()
+        for name in arrays.list().result():
+            arrays.read(name).result()
 
 
 @contextlib.contextmanager
@@ -150,9 +157,10 @@ def _saving(checkpoints: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        cause = " ".join(str(error).split())[-150:]  # orbax says it last
         raise files.Failure(
-            f"{checkpoints} cannot be written: {_end(error)}. Make room for "
-            "it; the same command goes on from the last checkpoint there."
+            f"{checkpoints} cannot be written: {cause}. Make room for it; the same command goes on "
+            "from the last checkpoint there."
         ) from error
 
 
@@ -216,6 +224,8 @@ class Run:
                 ),
             )
             opened.callback(self._manager.close)
+            if self.step is not None:
+                _read_through(self._checkpoints / str(self.step))
             self._opened = opened.pop_all()
 
     @classmethod

@@ -16,6 +16,8 @@ class Settings:
     a: int = 1
 
 
+# orbax leaves tracebacks of its threads where it meets damage itself.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 STATE = {"w": jnp.arange(6.0), "n": jnp.int32(3)}
 
 

@@ -16,9 +16,9 @@ class Settings:
     a: int = 1
 
 
-# orbax leaves tracebacks of its threads where it meets damage itself.
+# Where orbax itself meets damage among many arrays, its threads leave tracebacks.
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-STATE = {"w": jnp.arange(6.0), "n": jnp.int32(3)}
+STATE = {"w": jnp.arange(6.0), "n": jnp.int32(3), "many": [jnp.zeros(2)] * 100}
 
 
 @pytest.fixture

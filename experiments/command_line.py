@@ -8,6 +8,7 @@ is for bugs.
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ Command = TypeVar("Command")
 
 def run(command: type[Command], main: Callable[[Command], None], prog: str) -> None:
     """Runs `main` with the settings that the command line gives."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises too
     try:
         main(read(command, prog))
     except files.Failure as failure:

@@ -43,13 +43,14 @@ def replace(path: pathlib.Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def writing(directory: pathlib.Path) -> Iterator[None]:
-    """Makes a Failure of what the system has against writing in a directory."""
+def using(directory: pathlib.Path) -> Iterator[None]:
+    """Makes a Failure of what the system has against reading and writing in a directory."""
     try:
         yield
     except OSError as error:
         raise Failure(
-            f"{directory} cannot be written: {error}. Make it writable or choose another directory."
+            f"{directory} cannot be used: {error}. Make it a folder that can be read and written, "
+            "or choose another."
         ) from error
 
 
@@ -57,10 +58,10 @@ def check_writable(*directories: pathlib.Path) -> None:
     """Makes sure, without leaving a trace, that files can be made in directories yet to be made.
 
     Raises:
-        Failure: one cannot be made or written.
+        Failure: one cannot be.
     """
     for directory in directories:
-        with writing(directory):
+        with using(directory):
             here = directory.absolute()
             existing = next(path for path in (here, *here.parents) if path.exists())
             tempfile.TemporaryFile(dir=existing).close()

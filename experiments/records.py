@@ -95,7 +95,8 @@ def read_metrics(directory: pathlib.Path) -> list[Row]:
         files.Failure: another line is no row.
     """
     path = directory / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    with files.using(directory):
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):
@@ -181,7 +182,7 @@ class Run:
     Raises:
         Preempted: `stopping` said so.
         OtherSettings: the directory holds a run with other settings.
-        files.Failure: the directory is damaged, or cannot be written.
+        files.Failure: the directory is damaged, or cannot be used.
 
     Attributes:
         directory: where it is, absolute.
@@ -208,7 +209,7 @@ class Run:
             if stopping():
                 raise Preempted(f"Preempted while another process worked on {self.directory}.")
 
-        with contextlib.ExitStack() as opened, files.writing(directory):
+        with contextlib.ExitStack() as opened, files.using(directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             opened.enter_context(files.alone(self.directory, while_waiting))
             if self._is_begun():
@@ -341,7 +342,7 @@ class Run:
             rows: the metrics up to the checkpoint, by default as they are.
 
         Raises:
-            files.Failure: the directory is damaged, cannot be written, or has no room for the
+            files.Failure: the directory is damaged, cannot be used, or has no room for the
                 checkpoints.
         """
         copies = 2 if self.step is None else 1  # an old and a new checkpoint exist at a time
@@ -359,14 +360,14 @@ class Run:
         earlier = files.parse(path.read_bytes(), list, str(path), cure) if path.exists() else []
         rows = self.rows() if rows is None else rows
         self._row_count = len(rows)
-        with files.writing(self.directory):
+        with files.using(self.directory):
             files.replace(self._config, json.dumps(self._settings, indent=2) + "\n")
             files.replace(path, json.dumps([*earlier, environment()], indent=2) + "\n")
             files.replace(self.directory / "metrics.jsonl", "".join(map(_line, rows)))
 
     def log(self, row: Row) -> None:
         """Appends a row, which has a "step", to the metrics."""
-        with files.writing(self.directory), (self.directory / "metrics.jsonl").open("a") as file:
+        with files.using(self.directory), (self.directory / "metrics.jsonl").open("a") as file:
             file.write(_line(row))
         self._row_count += 1
 

@@ -158,7 +158,7 @@ def train(
 
     Raises:
         files.Failure: a step gave numbers that are not finite; or the directory holds a
-            checkpoint that does not fit, is damaged, cannot be written, or has no room for the
+            checkpoint that does not fit, is damaged, cannot be used, or has no room for the
             checkpoints.
         records.Preempted: `stopping` said so; what was done is saved.
     """

@@ -108,7 +108,7 @@ def warm_start(
 
     Raises:
         files.Failure: the directory holds a checkpoint that does not fit, is damaged, cannot be
-            written, or has no room for the checkpoints; a step gave numbers that are not finite; or
+            used, or has no room for the checkpoints; a step gave numbers that are not finite; or
             the target was not reached within max_steps.
         records.Preempted: `stopping` said so; what was done is saved.
     """

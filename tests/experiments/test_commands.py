@@ -245,8 +245,8 @@ def test_what_ends_a_command_is_told_in_a_line(main, status, told, capsys, monke
     ("flags", "status", "told"),
     [
         ("--seed -1", 2, "--seed -1 must be"),
-        ("--directory file", 1, "file/grpo/seed_0 cannot be written: "),
-        ("--start-directory file", 1, "file cannot be written: "),
+        ("--directory file", 1, "file/grpo/seed_0 cannot be used: "),
+        ("--start-directory file", 1, "file cannot be used: "),
     ],
 )
 def test_a_refusal_leaves_no_folder_behind(flags, status, told, tmp_path):

@@ -89,6 +89,11 @@ def put_a_file_in_the_place_of_the_checkpoints(directory):
     (directory / "checkpoints").touch()
 
 
+def put_a_folder_in_the_place_of_the_metrics(directory):
+    (directory / "metrics.jsonl").unlink()
+    (directory / "metrics.jsonl").mkdir()
+
+
 def put_a_folder_in_the_place_of_the_lock(directory):
     (directory / "lock").unlink()
     (directory / "lock").mkdir()
@@ -115,17 +120,18 @@ def put_a_folder_in_the_place_of_the_lock(directory):
         (remove("checkpoints/5/**/_METADATA"), "checkpoints/5 is damaged.* delete it"),
         (remove("checkpoints/5/_CHECKPOINT_METADATA"), "checkpoints/5 is damaged.* delete it"),
         (overwrite("checkpoints/5/_CHECKPOINT_METADATA", b"{"), "checkpoints/5 is damaged"),
-        (put_a_file_in_the_place_of_the_checkpoints, "checkpoints'. Make it writable or choose"),
-        (put_a_folder_in_the_place_of_the_lock, "lock'. Make it writable or choose"),
+        (put_a_folder_in_the_place_of_the_metrics, "metrics.jsonl'.* or choose another"),
+        (put_a_file_in_the_place_of_the_checkpoints, "checkpoints'.* or choose another"),
+        (put_a_folder_in_the_place_of_the_lock, "lock'.* or choose another"),
     ],
 )
 def test_what_is_damaged_is_named_with_what_to_do(damage, message, directory):
     damage(directory)
-    before = {path: path.read_bytes() for path in directory.rglob("*.json*")}
+    before = {path: path.read_bytes() for path in directory.rglob("*.json*") if path.is_file()}
     with pytest.raises(files.Failure, match=f"{directory}.*{message}") as failure:
         go_on(directory)
     assert "\n" not in str(failure.value)
-    assert before == {path: path.read_bytes() for path in directory.rglob("*.json*")}
+    assert before == {path: path.read_bytes() for path in before}
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def state():
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     for directory in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(files.Failure, match=f"{directory} cannot be written: .* choose"):
+        with pytest.raises(files.Failure, match=f"{directory} cannot be used: .* choose"):
             records.Run(directory, Settings())
 
 
@@ -264,7 +264,7 @@ def test_a_command_finds_its_folder_unwritable_before_the_warm_start(module, tmp
         start=START,
         training=TRAINING,
     )
-    with pytest.raises(files.Failure, match=r"file/.* cannot be written: .* choose another"):
+    with pytest.raises(files.Failure, match=r"file/.* cannot be used: .* choose another"):
         module.main(command)
     assert not (tmp_path / "start").exists()
 
@@ -272,7 +272,7 @@ def test_a_command_finds_its_folder_unwritable_before_the_warm_start(module, tmp
 def test_a_folder_that_cannot_be_written_is_an_error_before_work_is_spent(state, tmp_path):
     with records.Run(tmp_path, Settings()) as run:
         (tmp_path / "environment.partial").mkdir()
-        with pytest.raises(files.Failure, match=f"{tmp_path} cannot be written: .* choose"):
+        with pytest.raises(files.Failure, match=f"{tmp_path} cannot be used: .* choose"):
             run.begin(state)
 
 

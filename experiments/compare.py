@@ -81,11 +81,11 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
             _, rows = report.train(config, graphdef, params, directory, stopping)
             results[method].append(rows)
     report.terminal.print(report.summary(results))
-    files = figures.draw(results, command.directory / "figures")
+    drawn = figures.draw(results, command.directory / "figures")
     report.terminal.print(
         f"Settings, environment, metrics, checkpoints: {command.directory}/<method>/seed_<seed>, "
         "unless said above\n"
-        f"Figures: {', '.join(map(str, files))}\n"
+        f"Figures: {', '.join(map(str, drawn))}\n"
         f"Done in {(time.monotonic() - began) / 60:.1f} minutes.",
         highlight=False,
     )

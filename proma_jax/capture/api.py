@@ -300,7 +300,7 @@ def check_parameters(params: Any) -> None:
         if is_array and jnp.issubdtype(kind, jnp.floating):
             continue
         cure = "Pass it in the sequence or close over it."
-        if not is_array:
+        if not hasattr(leaf, "dtype"):
             cure = (
                 "Separate a module's parameters from the rest of it: "
                 "params, rest = eqx.partition(model, eqx.is_inexact_array), and in logprob_fn "

@@ -717,6 +717,7 @@ def test_bad_arguments_are_named(call, message):
     ("leaf", "cure"),
     [
         (jax.nn.relu, r"params\['n'\] is .*eqx.partition\(model, eqx.is_inexact_array\)"),
+        (False, r"params\['n'\] is bool.*eqx.partition"),
         (jax.random.key(0), r"key<fry>.*nnx.split\(model, nnx.Param, ...\).*copy=True"),
         (jnp.uint32(3), r"uint32.*nnx.split\(model, nnx.Param, ...\).*travels in the sequence"),
         (jnp.int32(3), r"int32.*Pass it in the sequence or close over it"),

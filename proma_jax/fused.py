@@ -720,9 +720,8 @@ class _Plan:
         by_ridge = self.accumulation is not None and self.accumulation.solver == "ridge"
         ridged = [i for i, spec in enumerate(specs) if spec.accumulates and by_ridge]
         forms = [scores[i].compact() if i in ridged else scores[i] for i in range(len(specs))]
-        weights = [leaf.counted(coefficients) for leaf in scores]
         own = {
-            i: form.weighted_sum(weights[i])
+            i: form.weighted_sum(coefficients)
             for i, form in enumerate(forms)
             if self.intra or i not in ridged
         }
@@ -740,12 +739,12 @@ class _Plan:
                 for i, part in zip(factors, parts, strict=True)
             }
         gradients = {i: g - common[i] if i in common else g for i, g in own.items()}
-        removed = self._removed(specs, totals, forms, gradients, weights, numbers)
+        removed = self._removed(specs, totals, forms, gradients, coefficients, numbers)
         results = []
         for i, form in enumerate(forms):
             taken, length = removed.get(i, (jnp.zeros(()), None))
             if i in ridged:
-                part = form.weighted_sum(jnp.broadcast_to(weights[i], taken.shape) - taken)
+                part = form.weighted_sum(jnp.broadcast_to(coefficients, taken.shape) - taken)
                 part = part - common[i] if i in common else part
             else:
                 part = gradients[i] - taken
@@ -760,7 +759,7 @@ class _Plan:
         totals: Sequence[Array],
         scores: Sequence[ScoreLeaf],
         gradients: dict[int, Array],
-        coefficients: Sequence[Array],
+        coefficients: Array,
         numbers: _Numbers,
     ) -> dict[int, tuple[Array, Array]]:
         """What accumulation removes from each leaf that it projects, and its norm.
@@ -796,10 +795,11 @@ class _Plan:
                     *(x.reshape(-1, *x.shape[scores[i].num_layer_axes :]) for x in found)
                 )
                 products.append(flat)
+                weighted = jnp.where(flat.norms == 0, 0, coefficients[None] * flat.norms)
                 own_lengths.append(
                     layer_norms(gradients[i], scores[i].num_layer_axes).reshape(-1)
                     if i in gradients
-                    else flat.lengths(coefficients[i][None] * flat.norms)
+                    else flat.lengths(weighted)
                 )
             of_all = jax.tree.map(lambda *xs: jnp.concatenate(xs), *products)
             weights, lengths = removal(

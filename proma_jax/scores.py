@@ -66,10 +66,11 @@ def contract(subscripts: str, *operands: Array) -> Array:
     return jnp.einsum(subscripts, *operands, precision=highest, preferred_element_type=dtype)
 
 
-def _aligned(weights: Array, tokens: Array) -> Array:
-    """(b,) or (*layers, b) weights as a factor of (*layers, b, tokens, d)."""
-    shape = (*weights.shape, 1, 1)
-    return weights.reshape((1,) * (tokens.ndim - len(shape)) + shape)
+def _weighted(weights: Array, x: Array, num_layer_axes: int) -> Array:
+    """(*layers, b, ...) times (b,) or (*layers, b) weights; what is zero stays so, even by NaN."""
+    x = wide(x)
+    weights = jnp.broadcast_to(weights, x.shape[: 1 + num_layer_axes])
+    return jnp.where(x == 0, 0, x * _per_sequence(weights, x))
 
 
 def _per_sequence(weights: Array, like: Array) -> Array:
@@ -136,7 +137,10 @@ class ScoreLeaf:
         raise NotImplementedError
 
     def weighted_sum(self, weights: Array) -> Array:
-        """Σ_i weights_i s_i in the scores' layout; weights (b,) or (*layers, b)."""
+        """Σ_i weights_i s_i in the scores' layout; weights (b,) or (*layers, b).
+
+        The weight of a zero score has no say, even if it is NaN.
+        """
         raise NotImplementedError
 
     def dense(self) -> DenseScores:
@@ -159,11 +163,6 @@ class ScoreLeaf:
     def are_zero(self) -> Array:
         """(b, *layers) bool, which scores are known to be zero from what they are held as."""
         raise NotImplementedError
-
-    def counted(self, coefficients: Array) -> Array:
-        """(b,) coefficients, zero for sequences whose scores are zero here: even NaN has no say."""
-        layers = tuple(range(1, 1 + self.num_layer_axes))
-        return jnp.where(jnp.all(self.are_zero(), axis=layers), 0, coefficients)
 
     @property
     def batch_size(self) -> int:
@@ -253,9 +252,17 @@ class DenseScores(ScoreLeaf):
         return contract(f"...b{n},...{n}->...b", self._layers_first("values"), layers)
 
     def weighted_sum(self, weights: Array) -> Array:
-        n = self._features
-        total = contract(f"...b{n},...b->...{n}", self._layers_first("values"), weights)
-        return self._by_feature(total)
+        """As of any scores, by one matrix product.
+
+        A second sum, over the scores with weights that are not finite, tells where it is NaN. Its
+        own weights differ, so that opposite scores do not cancel in it.
+        """
+        n, weights = self._features, wide(weights)
+        finite = jnp.isfinite(weights)
+        marks = 1 + jax.lax.broadcasted_iota(weights.dtype, weights.shape, weights.ndim - 1)
+        both = jnp.stack([jnp.where(finite, weights, 0), jnp.where(finite, 0, marks)])
+        total, marked = contract(f"...b{n},k...b->k...{n}", self._layers_first("values"), both)
+        return self._by_feature(jnp.where(jnp.abs(marked) > 0, jnp.nan, total))
 
     def dense(self) -> DenseScores:
         return self
@@ -378,8 +385,7 @@ class LayerFactors(ScoreLeaf):
         return jnp.sum(moved * wide(self.tokens("output_grads")), axis=(-2, -1))
 
     def weighted_sum(self, weights: Array) -> Array:
-        output_grads = wide(self.tokens("output_grads"))
-        weighted = output_grads * _aligned(weights, output_grads)
+        weighted = _weighted(weights, self.tokens("output_grads"), self.num_layer_axes)
         return contract("...bti,...bto->...io", self.tokens("inputs"), weighted)
 
     def dense(self) -> DenseScores:
@@ -463,8 +469,7 @@ class LookupFactors(ScoreLeaf):
         return jnp.sum(products, axis=(-2, -1))
 
     def weighted_sum(self, weights: Array) -> Array:
-        output_grads = wide(self._layers_first("output_grads"))
-        rows = output_grads * _aligned(weights, output_grads)
+        rows = _weighted(weights, self._layers_first("output_grads"), self.num_layer_axes)
         width = rows.shape[-1]
 
         def one_layer(indices: Array, rows: Array) -> Array:
@@ -832,8 +837,7 @@ def weighted_sum(scores: Any, coefficients: Array) -> Any:
             )
 
         def total(leaf: ScoreLeaf, coefficients: Array) -> Array:
-            counted = leaf.counted(coefficients)
-            total = leaf.view.invert(leaf.compact().weighted_sum(counted))
+            total = leaf.view.invert(leaf.compact().weighted_sum(coefficients))
             return total.astype(gradient_dtype(leaf))
 
         return automatic(total, _gradient_spec(leaf), leaf, coefficients)

@@ -341,6 +341,12 @@ def test_the_coefficient_of_a_sequence_without_tokens_has_no_say(settings, poiso
     assert not any(np.all(np.isfinite(x)) for x in jax.tree.leaves(shown))
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_opposite_scores_do_not_hide_bad_coefficients(poison):
+    total = proma.weighted_sum(jnp.array([[2.0, 0.0], [-2.0, 0.0]]), jnp.full(2, poison))
+    np.testing.assert_array_equal(total, [np.nan, 0.0])
+
+
 SHAPES = {"w": (4, 5), "v": (5, 3), "b": (3,)}
 
 

@@ -174,7 +174,7 @@ _COLUMNS: list[tuple[str, int, Callable[[Sequence[records.Row]], float]]] = [
     ("start KL\n/ 1e-3", 1, lambda rows: 1e3 * _values(rows, "start_kl")[-1]),
     ("last\nentropy", 3, lambda rows: _values(rows, "entropy")[-1]),
     ("update\nnorm", 4, lambda rows: fmean(_values(rows, "update_norm"))),
-    ("projec-\nted", 3, lambda rows: fmean(_values(rows, "projected_fraction"))),
+    ("re-\nmoved", 3, lambda rows: sum(fmean(_values(rows, f)) for f in training.FRACTIONS)),
     ("seconds\n/ step", 3, lambda rows: median(_values(rows, "seconds"))),
 ]
 
@@ -190,7 +190,7 @@ def summary(results: figures.Results) -> table.Table:
         title=f"Results of {seeds} seeds: mean, ± standard deviation" if seeds > 1 else "Results",
         caption="score: greedy validation accuracy; step KL: mean over the steps of KL(before ‖ "
         "after); start KL: KL(last policy ‖ start); KL and entropy in nats per token; update norm, "
-        "projected fraction: mean; seconds of an update: median",
+        "removed fraction: mean; seconds of an update: median",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=0,

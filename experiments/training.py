@@ -23,6 +23,9 @@ from pydantic.dataclasses import dataclass
 from experiments import checked, methods, records, sampling, warm_start
 from proma_jax import policy_gradient as pg
 
+FRACTIONS = ("accumulation_fraction", "intra_fraction")
+"""What the variants remove; a method uses one of them at most."""
+
 
 @dataclass(frozen=True, config=checked.CONFIG)
 class TrainingConfig:
@@ -153,8 +156,9 @@ def train(
         `reward` of its rollout batch, `step_kl` of the policy before the step from that after it,
         `start_kl` of the policy after it from the start and its `entropy` (exact, over the whole
         vocabulary, in nats per response token of the rollout batch), `gradient_norm` before
-        clipping, `update_norm`, `projected_fraction` (a mean over the microbatches), `seconds` of
-        the update, and at times `validation`, the greedy accuracy on the held-out prompts.
+        clipping, `update_norm`, `accumulation_fraction` and `intra_fraction` (means over the
+        microbatches, 0 where the method does not remove so), `seconds` of the update, and at times
+        `validation`, the greedy accuracy on the held-out prompts.
 
     Raises:
         files.Failure: a step gave numbers that are not finite; or the directory holds a
@@ -304,18 +308,18 @@ def update(
         params, opt_state = carry
         grads, extra = method.gradient(params, microbatch)
         updates, opt_state = method.optimizer.update(grads, opt_state, params, **extra)
-        projected = optax.tree.get(opt_state, "projected_fraction", 0.0)
-        return (optax.apply_updates(params, updates), opt_state), projected
+        removed = {name: optax.tree.get(opt_state, name, 0.0) for name in FRACTIONS}
+        return (optax.apply_updates(params, updates), opt_state), removed
 
-    (params, opt_state), projected = jax.lax.scan(accumulate, (params, opt_state), minibatch)
+    (params, opt_state), removed = jax.lax.scan(accumulate, (params, opt_state), minibatch)
     return (
         params,
         opt_state,
         {
             "gradient_norm": optax.tree.get(opt_state, "gradient_norm"),
             "update_norm": optax.tree.get(opt_state, "update_norm"),
-            "projected_fraction": jnp.mean(projected),
-        },
+        }
+        | jax.tree.map(jnp.mean, removed),
     )
 
 

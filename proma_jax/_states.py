@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 F = TypeVar("F", bound=Callable[..., Any])
 State = TypeVar("State")
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 def state_version() -> jax.Array:

@@ -121,7 +121,7 @@ class AccumulateState(NamedTuple):
       gradient_step: () int32, optimizer steps taken so far; what schedules count.
       inner_opt_state: state of the inner optimizer.
       acc_grads: G, shaped like the parameters.
-      projected_fraction: () float32, ‖removed‖ / ‖G‖ over all leaves, for the latest microbatch.
+      accumulation_fraction: () float32, ‖removed‖ / ‖G‖ over all leaves, for the latest microbatch.
       accepted: () int32, microbatches of this optimizer step that were not skipped.
       skip_state: what `should_skip_update_fn` last returned beside its verdict.
       version: () int32, of the state's format; see `check_restorable`.
@@ -131,7 +131,7 @@ class AccumulateState(NamedTuple):
     gradient_step: jax.Array
     inner_opt_state: Any
     acc_grads: Any
-    projected_fraction: jax.Array
+    accumulation_fraction: jax.Array
     accepted: jax.Array
     skip_state: Any
     version: jax.Array
@@ -206,7 +206,7 @@ def accumulate(
         the span is that of all devices' scores, and the result, the same on all, that of one device
         with all sequences. "emit": every device projects a running gradient of its own with its own
         scores only, and the mean of these goes to `inner`; nothing is communicated before that.
-        `acc_grads`, `projected_fraction`, `accepted` and `skip_state` then differ from device to
+        `acc_grads`, `accumulation_fraction`, `accepted` and `skip_state` then differ from device to
         device.
 
     Under `optax.inject_hyperparams`, name in its static_args what is not a number:
@@ -248,7 +248,7 @@ def accumulate(
             gradient_step=gradient_step,
             inner_opt_state=inner.init(params),
             acc_grads=optax.tree.zeros_like(params, dtype=accumulator_dtype),
-            projected_fraction=jnp.zeros((), jnp.float32),
+            accumulation_fraction=jnp.zeros((), jnp.float32),
             accepted=jnp.zeros((), jnp.int32),
             skip_state=optax.tree.zeros_like(skip_state),
             version=state_version(),
@@ -355,7 +355,7 @@ def accumulate(
             gradient_step=jnp.where(emits, optax.safe_increment(step), step),
             inner_opt_state=inner_state,
             acc_grads=jax.tree.map(lambda x: jnp.where(emits, 0, x), total),
-            projected_fraction=jnp.where(skip, 0, fraction),
+            accumulation_fraction=jnp.where(skip, 0, fraction),
             accepted=jnp.where(emits, 0, accepted),
             skip_state=jax.tree.map(_as_typed, skip_state, state.skip_state),
             version=state.version,

@@ -20,7 +20,7 @@ Example:
   >>> grads = proma.weighted_sum(scores, jnp.array([-1.0, 1.0]))
   >>> tx = optax.chain(proma.project_intra(rank=2), optax.adamw(1e-3))
   >>> updates, state = tx.update(grads, tx.init(params), params, scores=scores)
-  >>> 0 < float(state[0].projected_fraction) < 1
+  >>> 0 < float(state[0].intra_fraction) < 1
   True
 """
 
@@ -211,13 +211,13 @@ class ProjectIntraState(NamedTuple):
     Attributes:
       step: () int32, updates so far; what schedules count.
       rng_key: data of the PRNG key that, folded with `step`, starts a microbatch's bases.
-      projected_fraction: () float32, ‖removed‖ / ‖g‖ over all leaves, for the latest microbatch.
+      intra_fraction: () float32, ‖removed‖ / ‖g‖ over all leaves, for the latest microbatch.
       version: () int32, of the state's format; see `check_restorable`.
     """
 
     step: jax.Array
     rng_key: jax.Array
-    projected_fraction: jax.Array
+    intra_fraction: jax.Array
     version: jax.Array
 
 
@@ -272,7 +272,7 @@ def project_intra(
         state = ProjectIntraState(
             step=jnp.zeros((), jnp.int32),
             rng_key=jax.random.key_data(jax.random.key(seed)),
-            projected_fraction=jnp.zeros((), jnp.float32),
+            intra_fraction=jnp.zeros((), jnp.float32),
             version=state_version(),
         )
         return on_devices_of(params, state)
@@ -328,9 +328,7 @@ def project_intra(
             for update, project in zip(leaves, projects, strict=True)
         ]
         projected = _options.mean(projected, axis_name)
-        new_state = state._replace(
-            step=optax.safe_increment(state.step), projected_fraction=fraction
-        )
+        new_state = state._replace(step=optax.safe_increment(state.step), intra_fraction=fraction)
         return _options.with_leaves(updates, projected), new_state
 
     project_as_one = compiled(project, shrinkage)

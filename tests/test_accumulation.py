@@ -199,7 +199,7 @@ def test_k_and_every_option_may_be_schedules_of_the_optimizer_steps():
     assert_close(emitted[4], emitted_gradient(steps[2:], **second))
 
 
-def test_projected_fraction_is_what_was_removed():
+def test_accumulation_fraction_is_what_was_removed():
     steps = microbatches(3)
     _, before = run(proma.accumulate(KEEP, 4, solver="qr"), steps[:2])
     _, after = run(proma.accumulate(KEEP, 4, solver="qr"), steps)
@@ -214,8 +214,8 @@ def test_projected_fraction_is_what_was_removed():
         ]
     )
     expected = np.linalg.norm(removed) / np.linalg.norm(whole)
-    np.testing.assert_allclose(after.projected_fraction, expected, rtol=1e-4)
-    assert run(proma.accumulate(KEEP, 4), steps[:1])[1].projected_fraction == 0
+    np.testing.assert_allclose(after.accumulation_fraction, expected, rtol=1e-4)
+    assert run(proma.accumulate(KEEP, 4), steps[:1])[1].accumulation_fraction == 0
 
 
 def test_masks_choose_the_projected_leaves():
@@ -421,7 +421,7 @@ def test_float64_is_kept(solver):
         assert_close(emitted, expected_gradient(steps, solver=solver), 1e-12)
         nothing = dict.fromkeys(steps[0][0], False)
         _, state = run(proma.accumulate(KEEP, 4, mask=nothing), steps)
-        assert state.projected_fraction.dtype == jnp.float32
+        assert state.accumulation_fraction.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("types", [(jnp.float64, jnp.float32), (jnp.float32, jnp.float64)])

@@ -173,7 +173,8 @@ def test_no_parameters_are_harmless(name):
     tx = TRANSFORMATIONS[name]
     updates, state = jax.jit(tx.update)({}, tx.init({}), scores={})
     assert updates == {}
-    assert state.projected_fraction == 0
+    fraction = {"accumulate": "accumulation_fraction", "project_intra": "intra_fraction"}[name]
+    assert getattr(state, fraction) == 0
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)

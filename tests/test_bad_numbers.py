@@ -162,7 +162,7 @@ def test_intra_removes_a_projection_for_degenerate_factors_of_any_size(
     assert np.linalg.norm(twice - once) <= 1e-5 * size
     assert abs(np.vdot(g - once, once)) <= 1e-5 * size**2
     assert np.linalg.matrix_rank(g - once, tol=1e-5 * size) <= rank
-    assert 0 <= new_state.projected_fraction <= 1 + 1e-5
+    assert 0 <= new_state.intra_fraction <= 1 + 1e-5
 
 
 # What is not a number.
@@ -216,7 +216,7 @@ def test_it_reaches_the_caller_and_the_next_step_is_clean(solver, where, poison)
     assert not jnp.all(jnp.isfinite(first["kernel"]))
     assert_close(first["bias"], clean[0]["bias"])
     assert_close(second, clean[1])
-    assert jnp.isfinite(state.projected_fraction)
+    assert jnp.isfinite(state.accumulation_fraction)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])

@@ -69,7 +69,7 @@ def test_many_differences_are_counted():
 def test_another_version_is_named_with_the_cure(form):
     older = with_accumulation(version=jnp.int32(0))
     with pytest.raises(
-        ValueError, match=r"1\.1\.version is 0 there and 2 here.*Another version of"
+        ValueError, match=r"1\.1\.version is 0 there and 3 here.*Another version of"
     ):
         proma.check_restorable(form(older), state())
 

@@ -110,7 +110,7 @@ def test_other_leaves_pass_unchanged_and_no_shrinkage_changes_nothing():
     assert jnp.any(projected["kernel"] != grads["kernel"])
     unchanged, state = project(grads, scores, rank=2, shrinkage=0.0)
     chex.assert_trees_all_equal(unchanged, grads)
-    assert state.projected_fraction == 0
+    assert state.intra_fraction == 0
 
 
 def test_a_rank_that_covers_all_tokens_removes_everything_and_is_warned_of():
@@ -120,7 +120,7 @@ def test_a_rank_that_covers_all_tokens_removes_everything_and_is_warned_of():
     with pytest.warns(UserWarning, match=warning):
         projected, state = project(grads, {"w": leaf}, rank=5)
     assert jnp.linalg.norm(projected["w"]) < 1e-5 * jnp.linalg.norm(grads["w"])
-    np.testing.assert_allclose(state.projected_fraction, 1, rtol=1e-5)
+    np.testing.assert_allclose(state.intra_fraction, 1, rtol=1e-5)
 
 
 def test_a_rank_that_covers_both_widths_is_warned_of_and_no_other_is():
@@ -145,7 +145,7 @@ def test_projecting_twice_changes_nothing():
     once, _ = project(grads, {"w": leaf}, rank=2)
     twice, state = project(once, {"w": leaf}, rank=2)
     assert_close(twice, once, tolerance=3e-6)
-    assert state.projected_fraction < 3e-6
+    assert state.intra_fraction < 3e-6
 
 
 def test_neither_the_order_of_sequences_nor_padding_change_anything():
@@ -164,13 +164,13 @@ def test_neither_the_order_of_sequences_nor_padding_change_anything():
         assert_close(project(grads, {"w": padded}, rank=2)[0], expected)
 
 
-def test_projected_fraction_is_what_was_removed():
+def test_intra_fraction_is_what_was_removed():
     leaf = factors(np.random.default_rng(0))
     grads = proma.weighted_sum({"w": leaf}, jnp.ones(3)) | {"b": jnp.ones(4)}
     projected, state = project(grads, {"w": leaf, "b": None}, rank=2)
     removed = np.linalg.norm(grads["w"] - projected["w"])
     whole = np.hypot(np.linalg.norm(grads["w"]), 2.0)
-    np.testing.assert_allclose(state.projected_fraction, removed / whole, rtol=1e-5)
+    np.testing.assert_allclose(state.intra_fraction, removed / whole, rtol=1e-5)
 
 
 def test_each_microbatch_has_bases_of_its_own_and_seeds_repeat():

@@ -462,7 +462,7 @@ def test_running_gradients_of_each_device_are_averaged_on_emission(kind):
     tx = proma.accumulate(
         optax.identity(), 3, solver="qr", relative_bound=0.5, axis_name="devices", sync="emit"
     )
-    update, state = mapped(tx, kind, per_device=("acc_grads", "projected_fraction"))
+    update, state = mapped(tx, kind, per_device=("acc_grads", "accumulation_fraction"))
     updates, _ = run(update, state, steps)
 
     def layer(name, device, pick=lambda x: x):
@@ -486,7 +486,7 @@ def test_running_gradients_of_each_device_are_averaged_on_emission(kind):
 
 def test_nothing_is_sent_before_emission():
     tx = proma.accumulate(optax.identity(), 3, axis_name="devices", sync="emit")
-    update, state = mapped(tx, "shard_map", per_device=("acc_grads", "projected_fraction"))
+    update, state = mapped(tx, "shard_map", per_device=("acc_grads", "accumulation_fraction"))
     grads, scores = microbatches(1)[0]
     text = update.lower(grads, state, scores).compile().as_text()
     assert "all-reduce(" in text
@@ -538,7 +538,7 @@ def test_intra_projects_each_devices_microbatch_and_averages(kind):
         )(grads, inputs, output_grads)
     assert_close(first_device(kind, updates), np.mean(projected, axis=0), 2e-5)
     removed = np.linalg.norm(np.float64(grads) - projected) / np.linalg.norm(np.float64(grads))
-    fraction = first_device(kind, state).projected_fraction
+    fraction = first_device(kind, state).intra_fraction
     np.testing.assert_allclose(fraction, removed, rtol=1e-5)
 
 
@@ -595,7 +595,7 @@ def test_a_state_made_in_shard_map_may_be_the_same_on_all_devices_at_first(scann
     """A scan wants to be told that it does not stay so."""
     steps = microbatches(2)
     tx = proma.accumulate(optax.identity(), 2, axis_name="devices", sync="emit")
-    update, state = mapped(tx, "shard_map", per_device=("acc_grads", "projected_fraction"))
+    update, state = mapped(tx, "shard_map", per_device=("acc_grads", "accumulation_fraction"))
     expected, _ = run(update, state, steps)
 
     def both(_, grads, scores):
@@ -607,8 +607,8 @@ def test_a_state_made_in_shard_map_may_be_the_same_on_all_devices_at_first(scann
             return state, updates
 
         if scanned:
-            differing = varying((state.acc_grads, state.projected_fraction))
-            state = state._replace(acc_grads=differing[0], projected_fraction=differing[1])
+            differing = varying((state.acc_grads, state.accumulation_fraction))
+            state = state._replace(acc_grads=differing[0], accumulation_fraction=differing[1])
             return jax.tree.map(lambda x: x[-1], jax.lax.scan(add, state, own)[1])
         for m in range(2):
             state, updates = add(state, jax.tree.map(lambda x, m=m: x[m], own))

@@ -81,6 +81,14 @@ def test_a_wrapper_that_forwards_the_scores_changes_nothing(wrapper, name):
     assert_close(run(WRAPPERS[wrapper](TRANSFORMS[name]))[0], alone(name))
 
 
+def test_what_each_variant_of_a_chain_removes_has_its_own_name():
+    chain = optax.chain(TRANSFORMS["project_intra"], TRANSFORMS["accumulate"])
+    _, state = run(chain)
+    intra, accumulation = state
+    assert optax.tree.get(state, "intra_fraction") == intra.intra_fraction > 0
+    assert optax.tree.get(state, "accumulation_fraction") == accumulation.accumulation_fraction > 0
+
+
 @each_transform
 @pytest.mark.parametrize("factor", [0.0, 1.0])
 def test_masks_and_partitions_leave_out_the_rest(factor, name):
@@ -206,7 +214,7 @@ def test_an_injected_mask_function_must_be_static():
     static = ("every_k_schedule", "mask")
     inject = optax.inject_hyperparams(proma.accumulate, static_args=static)
     _, state = run(inject(KEEP, 2, mask=mask))
-    assert state.inner_state.projected_fraction > 0
+    assert state.inner_state.accumulation_fraction > 0
     inject = optax.inject_hyperparams(proma.accumulate, static_args="every_k_schedule")
     with pytest.raises(ValueError, match="name mask in its static_args"):
         run(inject(KEEP, 2, mask=mask))

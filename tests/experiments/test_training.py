@@ -35,7 +35,8 @@ METRICS = {
     "entropy",
     "gradient_norm",
     "update_norm",
-    "projected_fraction",
+    "accumulation_fraction",
+    "intra_fraction",
     "seconds",
 }
 
@@ -100,8 +101,9 @@ def test_grpo_starts_as_reinforce_because_the_policy_is_still_the_one_that_sampl
 
 def test_only_proma_projects(runs):
     for method, rows in runs.items():
-        projected = {row["projected_fraction"] > 0 for row in rows[1:]}
-        assert projected == {method.startswith("proma")}
+        for variant in ("accumulation", "intra"):
+            removes = {row[f"{variant}_fraction"] > 0 for row in rows[1:]}
+            assert removes == {method == f"proma_{variant}"}
 
 
 def test_matched_updates_have_the_norms_of_the_other_run(runs):

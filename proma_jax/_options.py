@@ -44,6 +44,26 @@ def check_number(
         raise ValueError(f"{name}={value!r} must be a number in [{least:g}, {most:g}]{otherwise}.")
 
 
+def prng_key(key: Any) -> jax.Array:
+    """A seed or a key, typed or raw, as a typed key."""
+    dtype = jnp.result_type(key)
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return key
+    is_seed = jnp.issubdtype(dtype, jnp.integer) and jnp.ndim(key) == 0
+    return jax.random.key(key) if is_seed else jax.random.wrap_key_data(key)
+
+
+def check_key(key: Any) -> None:
+    """Raises a ValueError unless `key` is a seed or one key."""
+    try:
+        jax.eval_shape(lambda: jax.random.fold_in(prng_key(key), 0))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"key={key!r} must be an int or one key, as of jax.random.key: it cannot be injected "
+            "(name it in the static_args of optax.inject_hyperparams)."
+        ) from error
+
+
 def check_axis_name(axis_name: Any) -> None:
     """Raises a ValueError unless it names mapped axes, or is None."""
     names = (axis_name,) if isinstance(axis_name, str) else axis_name

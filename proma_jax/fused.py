@@ -455,7 +455,7 @@ class _Plan:
             self.intra.warn_of_whole_gradients(chosen)
             taken = step * k + m
             shrinkage = _options.at_step(self.intra.shrinkage, taken)
-            start = self.intra.start(jax.random.key(self.intra.seed), taken)
+            start = self.intra.start(_options.prng_key(self.intra.key), taken)
             for assembly, dtype in self._assemblies_in_intra():
                 d_in, d_out = assembly.matrix_shape
                 rank = self.intra.rank_in(batch_size * assembly.num_tokens, d_in, d_out)

@@ -63,7 +63,7 @@ class Intra:
       power_iterations: of the subspace iteration.
       orthonormalization: of the bases.
       mask: which leaves are projected.
-      seed: of the random starts of the bases.
+      key: of the random starts of the bases.
     """
 
     rank: int = 10
@@ -71,7 +71,7 @@ class Intra:
     power_iterations: int = 2
     orthonormalization: Orthonormalization = "cholesky_qr"
     mask: _options.Mask = None
-    seed: int = 0
+    key: int | jax.Array = 0
 
     def __post_init__(self) -> None:
         _options.check_count("rank", self.rank, "the dimension of the subspaces")
@@ -82,6 +82,7 @@ class Intra:
         _options.check_choice("orthonormalization", self.orthonormalization, choices)
         _options.check_number("shrinkage", self.shrinkage, 0, 1)
         _options.check_mask(self.mask)
+        _options.check_key(self.key)
 
     def projects(self, kinds: Sequence[tuple[str, type]], updates: Any) -> list[bool]:
         """Which leaves are projected, given the path and the kind of scores of each."""
@@ -228,7 +229,7 @@ def project_intra(
     power_iterations: int = 2,
     orthonormalization: Orthonormalization = "cholesky_qr",
     mask: _options.Mask = None,
-    seed: int = 0,
+    key: int | jax.Array = 0,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Removes what lies in a microbatch's dominant subspaces from its gradient, layer by layer.
@@ -249,8 +250,9 @@ def project_intra(
         `subspace.orthonormal_basis`.
       mask: which leaves are projected, a pytree of bools or a function from the updates to one.
         Default: those with LayerFactors.
-      seed: of the random starts of the bases. All layers of one width share a start, so neither the
-        names of layers nor masking, partitioning or scanning over them change anything.
+      key: of the random starts of the bases: a seed, or a key of `jax.random.key` or its raw data.
+        Default: 0. All layers of one width share a start, so neither the names of layers nor
+        masking, partitioning or scanning over them change anything.
       axis_name: of one or several mapped axes, inside `jax.shard_map` or `jax.pmap`, as of
         `jax.lax.pmean`. Every device then projects its own microbatch's gradient with its own
         bases, and the result, the same on all, is the mean over the axis, as published. As for
@@ -266,12 +268,12 @@ def project_intra(
         LayerFactors, or no leaf that has them.
     """
     _options.check_axis_name(axis_name)
-    options = Intra(rank, shrinkage, power_iterations, orthonormalization, mask, seed)
+    options = Intra(rank, shrinkage, power_iterations, orthonormalization, mask, key)
 
     def init_fn(params: Any) -> ProjectIntraState:
         state = ProjectIntraState(
             step=jnp.zeros((), jnp.int32),
-            rng_key=jax.random.key_data(jax.random.key(seed)),
+            rng_key=jnp.array(jax.random.key_data(_options.prng_key(key))),
             intra_fraction=jnp.zeros((), jnp.float32),
             version=state_version(),
         )
@@ -303,7 +305,8 @@ def project_intra(
             step: jax.Array,
             factor: jax.Array,
         ) -> tuple[list[jax.Array], jax.Array]:
-            start = options.start(jax.random.wrap_key_data(rng_key), step)
+            kind = jax.random.key_impl(_options.prng_key(key))
+            start = options.start(jax.random.wrap_key_data(rng_key, impl=kind), step)
             layers = [leaf.view.apply(wide(update)) for update, leaf in chosen]
             directions = options.directions([leaf for _, leaf in chosen], start)
             parts = options.common_parts(layers, directions)

@@ -166,10 +166,10 @@ def test_schedules_and_starts_go_on_from_step_to_step():
     gradient_fn = proma.accumulated_gradient(
         model.logprob_fn,
         accumulation=proma.Accumulation(shrinkage=halved),
-        intra=proma.Intra(rank=1, shrinkage=halved, seed=3),
+        intra=proma.Intra(rank=1, shrinkage=halved, key=3),
     )
     tx = optax.chain(
-        proma.project_intra(rank=1, shrinkage=halved, seed=3),
+        proma.project_intra(rank=1, shrinkage=halved, key=3),
         proma.accumulate(optax.identity(), K, shrinkage=halved),
     )
     state, scores_fn = tx.init(model.params), proma.sequence_scores(model.logprob_fn)

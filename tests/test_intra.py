@@ -173,7 +173,7 @@ def test_intra_fraction_is_what_was_removed():
     np.testing.assert_allclose(state.intra_fraction, removed / whole, rtol=1e-5)
 
 
-def test_each_microbatch_has_bases_of_its_own_and_seeds_repeat():
+def test_each_microbatch_has_bases_of_its_own_and_keys_repeat():
     leaf = factors(np.random.default_rng(0), tokens=30, d_in=12, d_out=12)
     grads, scores = proma.weighted_sum({"w": leaf}, jnp.ones(3)), {"w": leaf}
     first, state = project(grads, scores, rank=2, power_iterations=1)
@@ -181,9 +181,67 @@ def test_each_microbatch_has_bases_of_its_own_and_seeds_repeat():
     assert jnp.any(first["w"] != second["w"])
     assert state.step == 2
     again, _ = project(grads, scores, rank=2, power_iterations=1)
-    other, _ = project(grads, scores, rank=2, power_iterations=1, seed=1)
+    other, _ = project(grads, scores, rank=2, power_iterations=1, key=1)
     chex.assert_trees_all_equal(again, first)
     assert jnp.any(other["w"] != first["w"])
+
+
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])
+def test_a_key_in_any_form_gives_the_same_bases(kind):
+    leaf = factors(np.random.default_rng(0), tokens=30, d_in=12, d_out=12)
+    grads, scores = proma.weighted_sum({"w": leaf}, jnp.ones(3)), {"w": leaf}
+    x, coefficients = leaf.inputs[None], jnp.ones((1, 3))
+    others = []
+    with jax.default_prng_impl(kind):
+        raw = jnp.asarray(jax.random.key_data(jax.random.key(7)))
+        for key in (7, np.int64(7), jax.random.key(7), raw, np.asarray(raw), 8):
+            settings = {"rank": 2, "power_iterations": 1, "key": key}
+            projected, _ = project(grads, scores, **settings)
+            fused, _ = proma.accumulated_gradient(
+                lambda w, x: jnp.sum(jnp.sin(x @ w)), intra=proma.Intra(**settings)
+            )(jnp.ones((12, 12)), x, coefficients, step=0)
+            others.append((projected, fused))
+    *same, other = others
+    for found in same:
+        chex.assert_trees_all_equal(found, same[0])
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.any(a != b)), other, same[0])))
+
+
+def test_a_typed_key_keeps_its_generator():
+    leaf = factors(np.random.default_rng(0), tokens=30, d_in=12, d_out=12)
+    grads, scores = proma.weighted_sum({"w": leaf}, jnp.ones(3)), {"w": leaf}
+    key = jax.random.key(7, impl="rbg")
+    with jax.default_prng_impl("rbg"):
+        expected, _ = project(grads, scores, rank=2, power_iterations=1, key=7)
+    found, _ = project(grads, scores, rank=2, power_iterations=1, key=key)
+    chex.assert_trees_all_equal(found, expected)
+
+
+def test_a_donated_state_leaves_the_key_to_its_owner():
+    leaf = factors(np.random.default_rng(0))
+    grads, scores = proma.weighted_sum({"w": leaf}, jnp.ones(3)), {"w": leaf}
+    tx = proma.project_intra(rank=2, key=jax.random.key(7))
+    for _ in range(2):
+        jax.jit(tx.update, donate_argnums=1)(grads, tx.init(grads), scores=scores)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        1.0,
+        True,
+        None,
+        "0",
+        2**64,
+        np.zeros(2, np.int32),
+        np.zeros(3, np.uint32),
+        jax.random.split(jax.random.key(0)),
+    ],
+)
+def test_what_is_not_one_key_is_named(key):
+    for make in (proma.Intra, proma.project_intra):
+        with pytest.raises(ValueError, match=r"(?s)key=.* must be an int or one key, as of"):
+            make(key=key)
 
 
 def test_stacked_layers_are_projected_one_by_one_through_their_view():

@@ -143,7 +143,7 @@ INJECTED = {
         ("every_k_schedule",),
         (optax.adam(0.1), 2),
     ),
-    "project_intra": (proma.project_intra, ("rank", "power_iterations", "seed"), (2,)),
+    "project_intra": (proma.project_intra, ("rank", "power_iterations", "key"), (2,)),
 }
 
 

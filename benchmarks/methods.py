@@ -228,7 +228,7 @@ def _fused(case, accumulation, intra) -> Step:
     gradient_fn = proma.accumulated_gradient(case.logprob, accumulation=accumulation, intra=intra)
 
     def step(params, batch):
-        return gradient_fn(params, batch.tokens, batch.coefficients)[0]
+        return gradient_fn(params, batch.tokens, batch.coefficients, step=0)[0]
 
     return step
 

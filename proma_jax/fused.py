@@ -21,7 +21,7 @@ Example:
   >>> batch = jax.random.normal(jax.random.key(0), (3, 4, 5, 8))     # k=3 microbatches of b=4
   >>> coefficients = jax.random.normal(jax.random.key(1), (3, 4))    # −advantage / tokens
   >>> gradient_fn = proma.accumulated_gradient(logprob_fn, accumulation=proma.Accumulation())
-  >>> grads, metrics = jax.jit(gradient_fn)(params, batch, coefficients)
+  >>> grads, metrics = jax.jit(gradient_fn)(params, batch, coefficients, step=0)
   >>> tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
   >>> updates, state = tx.update(grads, tx.init(params), params)
   >>> metrics.logprobs.shape, metrics.accumulation_fraction.shape
@@ -131,7 +131,7 @@ def accumulated_gradient(
       param_specs: as in `sequence_scores`. Default None.
 
     Returns:
-      `gradient_fn(params, batch, coefficients, step=0) -> (grads, GradientMetrics)`. `batch` is a
+      `gradient_fn(params, batch, coefficients, step) -> (grads, GradientMetrics)`. `batch` is a
       pytree of sequences with two leading axes (k, b); `coefficients` is (k, b), the sequences'
       weights in the loss gradient; `step` counts the optimizer steps taken so far, from which
       schedules and the random starts of `intra` follow. `grads` has the structure, shapes and
@@ -196,7 +196,7 @@ def accumulated_gradient(
         return jax.tree.unflatten(treedef, grads), metrics
 
     def gradient_fn(
-        params: Any, batch: Any, coefficients: Array, step: ArrayLike = 0
+        params: Any, batch: Any, coefficients: Array, step: ArrayLike
     ) -> tuple[Any, GradientMetrics]:
         coefficients, step = jnp.asarray(coefficients), jnp.asarray(step, jnp.int32)
         if step.ndim:

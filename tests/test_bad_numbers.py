@@ -335,7 +335,7 @@ def test_the_coefficient_of_a_sequence_without_tokens_has_no_say(settings, poiso
     gradient_fn = proma.accumulated_gradient(
         logprob_fn, accumulation=proma.Accumulation(**settings), intra=proma.Intra(rank=1)
     )
-    results = [gradient_fn(params, batch, c) for c in (coefficients, harmless)]
+    results = [gradient_fn(params, batch, c, step=0) for c in (coefficients, harmless)]
     assert_close(*results, 0)
     shown = proma.weighted_sum(scores, coefficients[0][jnp.array([1, 0, 2])])
     assert not any(np.all(np.isfinite(x)) for x in jax.tree.leaves(shown))

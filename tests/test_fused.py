@@ -1,5 +1,7 @@
 """`accumulated_gradient` against the two transformations, microbatch by microbatch."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -73,9 +75,9 @@ def agree(name, variant):
     one = jax.tree.map(lambda x: x[0], model.microbatch)
     if intra and "LayerFactors" not in proma.describe_scores(model.logprob_fn, model.params, one):
         with pytest.raises(ValueError, match="nothing to project"):
-            gradient_fn(model.params, batch, coefficients)
+            gradient_fn(model.params, batch, coefficients, step=0)
         return
-    grads, metrics = jax.jit(gradient_fn)(model.params, batch, coefficients)
+    grads, metrics = jax.jit(gradient_fn)(model.params, batch, coefficients, step=0)
     expected, logprobs, fractions = jax.jit(
         lambda b, c: by_transformations(model, b, c, accumulation, intra)
     )(batch, coefficients)
@@ -133,7 +135,7 @@ def test_an_unrolled_model_gives_what_its_scanned_twin_gives():
             gradient_fn = proma.accumulated_gradient(
                 model.logprob_fn, accumulation=settings[0], intra=settings[1]
             )
-            results.append(jax.jit(gradient_fn)(model.params, *step_of(model))[0])
+            results.append(jax.jit(gradient_fn)(model.params, *step_of(model), 0)[0])
         assert_close(results[1], stack(results[0]), 1e-4)
 
 
@@ -150,9 +152,16 @@ def test_kernels_that_share_an_input_share_the_tokens_that_count():
     assert scores["query"].in_loss.all()
     assert jnp.sum(jnp.any(scores["query"].output_grads != 0, axis=-1)) == 2
     coefficients, intra = jnp.ones((K, 2)), proma.Intra(rank=2)
-    actual, _ = proma.accumulated_gradient(logprob_fn, intra=intra)(params, x, coefficients)
+    actual, _ = proma.accumulated_gradient(logprob_fn, intra=intra)(params, x, coefficients, 0)
     expected, _, _ = by_transformations(model, x, coefficients, None, intra)
     assert_close(actual, expected)
+
+
+def test_the_step_must_be_given():
+    """Left out, schedules and random starts would stand still."""
+    gradient_fn = proma.accumulated_gradient(lambda w, x: jnp.sum(x @ w))
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'step'"):
+        gradient_fn(jnp.ones((3, 2)), jnp.ones((2, 2, 5, 3)), jnp.ones((2, 2)))
 
 
 @pytest.mark.any_version
@@ -210,7 +219,7 @@ def test_masked_leaves_are_accumulated_plainly():
     settings = proma.Accumulation(mask=mask), proma.Intra(rank=1, mask=mask)
     masked, plain = (
         proma.accumulated_gradient(model.logprob_fn, accumulation=a, intra=i)(
-            model.params, batch, coefficients
+            model.params, batch, coefficients, step=0
         )[0]
         for a, i in (settings, (None, None))
     )
@@ -226,7 +235,7 @@ def test_what_is_not_finite_is_seen():
         gradient_fn = proma.accumulated_gradient(
             model.logprob_fn, accumulation=settings[0], intra=settings[1]
         )
-        grads, _ = jax.jit(gradient_fn)(poisoned, batch, coefficients)
+        grads, _ = jax.jit(gradient_fn)(poisoned, batch, coefficients, step=0)
         assert not jnp.all(jnp.isfinite(grads["head"]))
 
 
@@ -241,7 +250,7 @@ def test_scales_of_scores_do_not_matter(scale):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 7, 5)), jnp.float32)
     coefficients = jnp.asarray([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]]) / scale
     gradient_fn = proma.accumulated_gradient(logprob_fn, accumulation=proma.Accumulation())
-    grads, metrics = gradient_fn(params, x, coefficients)
+    grads, metrics = gradient_fn(params, x, coefficients, step=0)
     scores = jax.vmap(lambda x: jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)))(params))(x[1])
     first = jax.grad(
         lambda w: jnp.sum(coefficients[0] * scale * jnp.sum(jnp.sin(x[0] @ w), (1, 2)))
@@ -285,17 +294,19 @@ def test_no_score_outlives_its_layer():
     for variant, copies in {"ridge": 0, "intra": 1, "both": 0}.items():
         accumulation, intra = VARIANTS[variant]
         gradient_fn = proma.accumulated_gradient(logprob_fn, accumulation=accumulation, intra=intra)
-        assert memory(gradient_fn) <= allowed + copies * all_layers, variant
+        assert memory(functools.partial(gradient_fn, step=0)) <= allowed + copies * all_layers, (
+            variant
+        )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((jnp.ones((2, 3)), jnp.ones(3)), r"coefficients has shape \(3,\)"),
-        ((jnp.ones((3, 4, 3)), jnp.ones((3, 2))), r"batch has shape \(3, 4, 3\)"),
-        ((jnp.ones((0, 2, 3)), jnp.ones((0, 2))), r"coefficients has shape \(0, 2\)"),
-        ((jnp.ones((2, 2, 3)), 1j * jnp.ones((2, 2))), "type complex64: it must be .* real"),
-        (({}, jnp.ones((3, 2))), "batch has no arrays"),
+        ((jnp.ones((2, 3)), jnp.ones(3), 0), r"coefficients has shape \(3,\)"),
+        ((jnp.ones((3, 4, 3)), jnp.ones((3, 2)), 0), r"batch has shape \(3, 4, 3\)"),
+        ((jnp.ones((0, 2, 3)), jnp.ones((0, 2)), 0), r"coefficients has shape \(0, 2\)"),
+        ((jnp.ones((2, 2, 3)), 1j * jnp.ones((2, 2)), 0), "type complex64: it must be .* real"),
+        (({}, jnp.ones((3, 2)), 0), "batch has no arrays"),
         ((jnp.ones((3, 2, 3)), jnp.ones((3, 2)), jnp.ones(2)), r"step has shape \(2,\)"),
     ],
 )
@@ -318,7 +329,7 @@ def test_settings_and_parameters_are_checked():
         proma.Intra(rank=0)
     gradient_fn = proma.accumulated_gradient(lambda w, x: jnp.sum(x @ w))
     with pytest.raises(ValueError, match="params is int32"):
-        gradient_fn(jnp.ones((3, 2), jnp.int32), jnp.ones((2, 2, 5, 3)), jnp.ones((2, 2)))
+        gradient_fn(jnp.ones((3, 2), jnp.int32), jnp.ones((2, 2, 5, 3)), jnp.ones((2, 2)), 0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -327,6 +338,6 @@ def test_no_parameters_are_harmless(variant):
     gradient_fn = proma.accumulated_gradient(
         lambda params, x: jnp.sum(x), accumulation=accumulation, intra=intra
     )
-    grads, metrics = gradient_fn({}, jnp.ones((2, 3, 4)), jnp.ones((2, 3)))
+    grads, metrics = gradient_fn({}, jnp.ones((2, 3, 4)), jnp.ones((2, 3)), 0)
     assert grads == {}
     assert metrics.accumulation_fraction.tolist() == metrics.intra_fraction.tolist() == [0, 0]

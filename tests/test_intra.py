@@ -131,11 +131,11 @@ def test_a_rank_that_covers_both_widths_is_warned_of_and_no_other_is():
     batch, coefficients = jnp.ones((2, 3, 6, 5)), jnp.ones((2, 3))
     gradient_fn = proma.accumulated_gradient(logprob_fn, intra=proma.Intra(rank=4))
     with pytest.warns(UserWarning, match=r"of \['v'\] \(18 tokens, 4 -> 4\)\."):
-        gradient_fn(params, batch, coefficients)
+        gradient_fn(params, batch, coefficients, step=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         proma.accumulated_gradient(logprob_fn, intra=proma.Intra(rank=3))(
-            params, batch, coefficients
+            params, batch, coefficients, step=0
         )
 
 

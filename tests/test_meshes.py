@@ -247,7 +247,7 @@ def test_the_fused_form_gives_on_a_mesh_what_one_device_gives(name, axis_type):
         **case.options,
     )
     with jax.set_mesh(case.mesh):
-        grads, _ = jax.jit(gradient_fn)(case.params, case.tokens, case.coefficients)
+        grads, _ = jax.jit(gradient_fn)(case.params, case.tokens, case.coefficients, 0)
         updates, _ = jax.jit(INNER.update)(grads, INNER.init(case.params))
     assert_close(jax.device_get(updates), expected, 2e-5)
     assert_spread_like(grads, case.params)
@@ -659,10 +659,10 @@ def test_the_fused_form_in_shard_map_is_of_the_devices_own_sequences():
     )
 
     def mean_gradient(params, tokens, coefficients):
-        return jax.lax.pmean(gradient_fn(params, tokens, coefficients)[0], "devices")
+        return jax.lax.pmean(gradient_fn(params, tokens, coefficients, 0)[0], "devices")
 
     mean = in_shard_map(mean_gradient, params, (tokens, coefficients))
-    own = jax.jit(lambda t, c: gradient_fn(params, t, c)[0])
+    own = jax.jit(lambda t, c: gradient_fn(params, t, c, 0)[0])
     expected = jax.tree.map(
         lambda *xs: np.mean(xs, axis=0),
         *[own(tokens[:, [i]], coefficients[:, [i]]) for i in range(DEVICES)],

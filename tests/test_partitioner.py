@@ -202,6 +202,7 @@ def test_the_fused_form_of_any_primitive_is_right_on_a_mesh():
             spread(mesh, parameters()),
             spread(mesh, sequences()[None], None, "data"),
             spread(mesh, coefficients, None, "data"),
+            step=0,
         )
     for name, scores in on_one_device().items():
         expected = np.tensordot(coefficients[0], scores, 1)
@@ -222,4 +223,4 @@ def test_a_convolution_that_cannot_be_mended_is_refused_on_a_mesh():
     ):
         proma.sequence_scores(hidden)(w, sequences())
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"take the convolution out"):
-        proma.accumulated_gradient(hidden)(w, sequences()[None], jnp.ones((1, B)))
+        proma.accumulated_gradient(hidden)(w, sequences()[None], jnp.ones((1, B)), 0)

@@ -127,7 +127,7 @@ FUNCTIONS = {
             logprob_fn,
             accumulation=proma.Accumulation(relative_bound=0.5),
             intra=proma.Intra(2),
-        )(params, batch, normal(K, B))
+        )(params, batch, normal(K, B), step=0)
     ),
     "check_restorable, has_updated": lambda: (
         lambda params, batch: (
@@ -187,7 +187,7 @@ def calls_of(name):
     return {
         "sequence_scores": lambda: scores_fn(params, microbatch),
         "weighted_sum": lambda: proma.weighted_sum(scores, weights),
-        "accumulated_gradient": lambda: gradient_fn(params, batch, coefficients),
+        "accumulated_gradient": lambda: gradient_fn(params, batch, coefficients, step=0),
         "accumulate": transformed(proma.accumulate(INNER, K)),
         "project_intra": transformed(proma.project_intra(2)),
     }[name]
@@ -232,7 +232,7 @@ def test_nothing_is_kept_alive(name):
     def once(i):
         w = jnp.full((64, 64), 0.1 * i)
         if name == "accumulated_gradient":
-            return gradient_fn(w, x, jnp.ones((K, B)))
+            return gradient_fn(w, x, jnp.ones((K, B)), step=0)
         _, scores = scores_fn(w, x[0])
         grads = proma.weighted_sum(scores, jnp.ones(B))
         return tx.update(grads, tx.init(w), w, scores=scores)

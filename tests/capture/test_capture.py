@@ -345,7 +345,7 @@ def test_lookups_out_of_bounds_read_what_jax_grad_has(name):
     model, coefficients = Model(logprob_fn, table, indices), np.array([1.0, -2.0], np.float32)
     actual, expected, scores = everything(model, coefficients)
     chex.assert_trees_all_close(actual[1], expected[1], rtol=1e-6)
-    fused, _ = accumulated_gradient(logprob_fn)(table, indices[None], coefficients[None])
+    fused, _ = accumulated_gradient(logprob_fn)(table, indices[None], coefficients[None], 0)
     chex.assert_trees_all_close(fused, expected[1], rtol=1e-6)
     assert isinstance(scores, LookupFactors)
     assert jnp.all((scores.indices >= 0) & (scores.indices < 5))
@@ -577,7 +577,7 @@ def test_what_cannot_be_mapped_is_taken_one_by_one():
     assert "taken one after the other" in describe_scores(logprob_fn, w, x[0])
     assert "one after the other" not in describe_scores(lambda w, x: jnp.sum(x @ w), w, x[0])
     with pytest.raises(NotImplementedError, match="no rule for sines") as raised:
-        accumulated_gradient(logprob_fn)(w, x[None], jnp.ones((1, BATCH)))
+        accumulated_gradient(logprob_fn)(w, x[None], jnp.ones((1, BATCH)), 0)
     assert any(
         "sequence_scores takes them one after the other" in n for n in raised.value.__notes__
     )
@@ -758,7 +758,7 @@ def test_a_function_for_a_batch_is_refused_with_the_cure(batched):
     for call in (
         lambda fn: sequence_scores(fn)(w, x),
         lambda fn: describe_scores(fn, w, x[0], batch_size=BATCH),
-        lambda fn: accumulated_gradient(fn)(w, x[None], coefficients),
+        lambda fn: accumulated_gradient(fn)(w, x[None], coefficients, 0),
     ):
         with pytest.raises(ValueError, match=r"written for a batch: of 4 sequences.*batch of one"):
             call(batched)

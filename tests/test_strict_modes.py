@@ -91,7 +91,7 @@ FUNCTIONS = {
     ),
     "describe_scores": lambda: (
         lambda params, batch: len(
-            proma.describe_scores(logprob_fn, params, jax.tree.map(lambda x: x[0, 0], batch))
+            proma.describe_scores(logprob_fn, params, jax.tree.map(lambda x: x[0], batch))
         )
     ),
     "check_scores": lambda: (

@@ -21,7 +21,7 @@ Example:
   >>> params = {"table": jnp.ones((7, 4)), "head": jnp.ones((4, 7)), "bias": jnp.zeros(7)}
   >>> microbatch = jnp.array([[1, 2, 3], [3, 4, 6]])
   >>> logprobs, scores = sequence_scores(logprob_fn)(params, microbatch)
-  >>> *table, note = describe_scores(logprob_fn, params, microbatch[0]).splitlines()
+  >>> *table, note = describe_scores(logprob_fn, params, microbatch).splitlines()
   >>> for line in table:
   ...     print(line)
   leaf       shape   scores         projected by         why
@@ -141,19 +141,17 @@ _ONE_BY_ONE = (
 def describe_scores(
     logprob_fn: Callable[..., Any],
     params: Any,
-    sequence: Any,
+    microbatch: Any,
     *,
     has_aux: bool = False,
-    batch_size: int = 8,
 ) -> str:
     """A table of each parameter leaf, what its scores are held as and why, and who projects it.
 
     Args:
       logprob_fn: as in `sequence_scores`.
       params: parameters, or their `jax.ShapeDtypeStruct`s: nothing is computed.
-      sequence: ONE sequence, or its `jax.ShapeDtypeStruct`s.
+      microbatch: pytree of sequences with a leading axis b, or its `jax.ShapeDtypeStruct`s.
       has_aux: as in `sequence_scores`.
-      batch_size: b, how many such sequences a microbatch has. Default: 8, as published.
 
     Returns:
       The table as text, a line per leaf; see the example at the top of this module. "projected by"
@@ -165,20 +163,19 @@ def describe_scores(
       ValueError: as `sequence_scores`.
     """
     check_parameters(params)
-    params, sequence = jax.tree.map(_abstract, (params, sequence))
-    microbatch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype), sequence
-    )
+    _check_microbatch(microbatch)
+    params, microbatch = jax.tree.map(_abstract, (params, microbatch))
     with for_one_sequence(logprob_fn, params, microbatch):
-        program = trace(logprob_fn, params, sequence, has_aux)
+        program = trace(logprob_fn, params, _one_of(microbatch), has_aux)
+    b = jax.tree.leaves(microbatch)[0].shape[0]
     rows = [("leaf", "shape", "scores", "projected by", "why")]
     unprojected = []
     for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         name, kind = jax.tree_util.keystr(path) or "(root)", program.kind(index)
         scores, why = program.describe(index)
-        size = batch_size * leaf.size * leaf.dtype.itemsize
+        size = b * leaf.size * leaf.dtype.itemsize
         if kind is DenseScores and size > _LARGE:
-            why += f"; {size / 1e6:,.1f} MB for {batch_size} sequences"
+            why += f"; {size / 1e6:,.1f} MB for {b} sequences"
         by = {LayerFactors: "accumulation, intra", DenseScores: "accumulation"}.get(kind, "neither")
         if by == "neither":
             unprojected.append(name)
@@ -207,6 +204,11 @@ _UNPROJECTED = (
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+def _one_of(microbatch: Any) -> Any:
+    """A sequence of an abstract microbatch."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), microbatch)
 
 
 def check_scores(
@@ -321,7 +323,7 @@ def check_parameters(params: Any) -> None:
 
 @contextlib.contextmanager
 def for_one_sequence(logprob_fn: Callable[..., Any], params: Any, many: Any) -> Iterator[None]:
-    """Says of what is raised if it is because `logprob_fn` takes a whole microbatch.
+    """Says of what is raised if a microbatch is taken for one sequence, or one for a microbatch.
 
     Args:
       logprob_fn: the user's function.
@@ -331,13 +333,22 @@ def for_one_sequence(logprob_fn: Callable[..., Any], params: Any, many: Any) -> 
     try:
         yield
     except Exception as error:
+        params, many = jax.tree.map(_abstract, (params, many))
         b = jax.tree.leaves(many)[0].shape[0]
         try:
-            of_many = jax.eval_shape(logprob_fn, *jax.tree.map(_abstract, (params, many)))
+            of_many = jax.eval_shape(logprob_fn, params, many)
         except Exception:  # whatever is wrong with it, it is not that
             raise error from None
         values = of_many[0] if isinstance(of_many, tuple) else of_many
-        if getattr(values, "shape", None) != (b,):
+        shape = getattr(values, "shape", None)
+        if shape == () and not _takes(logprob_fn, params, _one_of(many)):
+            raise ValueError(
+                "logprob_fn takes the microbatch whole, but not a part of it without the leading "
+                "axis. If the microbatch is one sequence, give it that axis: jax.tree.map(lambda "
+                "x: x[None], sequence). If logprob_fn is written for a batch, write it for one "
+                "sequence."
+            ) from error
+        if shape != (b,):
             raise
         raise ValueError(
             f"logprob_fn is written for a batch: of {b} sequences it makes ({b},) "
@@ -345,6 +356,14 @@ def for_one_sequence(logprob_fn: Callable[..., Any], params: Any, many: Any) -> 
             "return one number. A function for a batch of one will do: lambda params, sequence: "
             "logprob_fn(params, jax.tree.map(lambda x: x[None], sequence))[0]."
         ) from error
+
+
+def _takes(logprob_fn: Callable[..., Any], *arguments: Any) -> bool:
+    try:
+        jax.eval_shape(logprob_fn, *arguments)
+    except Exception:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -200,7 +200,7 @@ def first(microbatch):
 
 def described(model):
     """The rows of `describe_scores`: (leaf, shape, scores, projected by, why) of each leaf."""
-    table = describe_scores(model.logprob_fn, model.params, first(model.microbatch)).splitlines()
+    table = describe_scores(model.logprob_fn, model.params, model.microbatch).splitlines()
     return [re.split("  +", line) for line in table[1 : 1 + len(jax.tree.leaves(model.params))]]
 
 
@@ -368,8 +368,8 @@ def test_aux_comes_with_the_log_probabilities():
     chex.assert_trees_all_equal(
         aux, {"w": jnp.stack([model.params["w"]] * 4), "last": model.microbatch[:, -1], "n": None}
     )
-    table = describe_scores(logprob_fn, model.params, model.microbatch[0], has_aux=True)
-    assert table == describe_scores(model.logprob_fn, model.params, model.microbatch[0])
+    table = describe_scores(logprob_fn, model.params, model.microbatch, has_aux=True)
+    assert table == describe_scores(model.logprob_fn, model.params, model.microbatch)
     check_scores(logprob_fn, model.params, model.microbatch, has_aux=True)
 
 
@@ -574,8 +574,8 @@ def test_what_cannot_be_mapped_is_taken_one_by_one():
         logprobs, scores = sequence_scores(logprob_fn)(w, x)
     expected = sequence_scores(lambda w, x: jnp.sum(jnp.sin(x @ w)))(w, x)
     chex.assert_trees_all_close((logprobs, scores), expected, atol=1e-6)
-    assert "taken one after the other" in describe_scores(logprob_fn, w, x[0])
-    assert "one after the other" not in describe_scores(lambda w, x: jnp.sum(x @ w), w, x[0])
+    assert "taken one after the other" in describe_scores(logprob_fn, w, x)
+    assert "one after the other" not in describe_scores(lambda w, x: jnp.sum(x @ w), w, x)
     with pytest.raises(NotImplementedError, match="no rule for sines") as raised:
         accumulated_gradient(logprob_fn)(w, x[None], jnp.ones((1, BATCH)), 0)
     assert any(
@@ -600,7 +600,7 @@ def test_a_mixture_of_experts_by_ragged_products_has_its_scores():
 
 def test_description_of_abstract_values():
     model = MODELS["scan"]()
-    abstract = jax.eval_shape(lambda: (model.params, model.microbatch[0]))
+    abstract = jax.eval_shape(lambda: (model.params, model.microbatch))
     assert describe_scores(model.logprob_fn, *abstract) == (
         "leaf            shape      scores         projected by         why\n"
         "['embed']       (9, 4)     LookupFactors  neither              6 tokens, 9 rows of 4\n"
@@ -612,7 +612,7 @@ def test_description_of_abstract_values():
         "looked up are not by default, be they embeddings, tied embeddings, or heads that are read "
         "by their targets."
     )
-    alone = describe_scores(lambda w, x: x @ w, jnp.ones(3), jnp.ones(3)).splitlines()
+    alone = describe_scores(lambda w, x: x @ w, jnp.ones(3), jnp.ones((2, 3))).splitlines()
     assert alone[1:] == ["(root)  (3,)   LayerFactors  accumulation, intra  1 token, 3 -> 1"]
 
 
@@ -621,7 +621,7 @@ def test_a_table_with_lookups_and_products_is_said_to_need_a_mask(name):
     model, leaf = MODELS[name](), {"tied_embedding": "embed"}.get(name, "head")
     row = next(row for row in described(model) if row[0] == f"['{leaf}']")
     assert row[2:4] == ["LookupFactors + LayerFactors", "neither"]
-    table = describe_scores(model.logprob_fn, model.params, model.microbatch[0])
+    table = describe_scores(model.logprob_fn, model.params, model.microbatch)
     assert re.search(rf"Not projected unless accumulate.*mask.*\['{leaf}'\]", table)
 
 
@@ -634,8 +634,8 @@ def test_large_dense_scores_are_described_with_their_size():
         (2000, 8, "; 128.0 MB for 8 sequences"),
         (2000, 16, "; 256.0 MB for 16 sequences"),
     ]:
-        w, x = (jax.ShapeDtypeStruct((n, width), jnp.float32) for n in (width, 3))
-        table = describe_scores(logprob_fn, w, x, batch_size=b)
+        w, x = (jax.ShapeDtypeStruct((*n, width), jnp.float32) for n in ((width,), (b, 3)))
+        table = describe_scores(logprob_fn, w, x)
         assert table.endswith(f"used by dot_general{size}")
 
 
@@ -688,6 +688,11 @@ def total(params, x):
         (lambda: sequence_scores(3), "logprob_fn=3 must be a function"),
         (lambda: describe_scores(total, 1, jnp.ones(2)), "params is int32"),
         (lambda: check_scores(total, 1, jnp.ones(2)), "params is int32"),
+        (lambda: describe_scores(total, 1.0, ()), "no arrays"),
+        (
+            lambda: describe_scores(total, 1.0, {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}),
+            r"microbatch\['b'\] has shape \(3,\).*microbatch\['a'\] has shape \(2, 3\)",
+        ),
         (lambda: sequence_scores(total)(1.0, ()), "no arrays"),
         (lambda: sequence_scores(total)(1.0, jnp.float32(1)), r"microbatch has shape \(\)"),
         (
@@ -703,7 +708,7 @@ def total(params, x):
             r"must return \(scalar, aux\)",
         ),
         (
-            lambda: describe_scores(lambda p, x: (p * x, x), 1.0, jnp.ones(2), has_aux=True),
+            lambda: describe_scores(lambda p, x: (p * x, x), 1.0, jnp.ones((2, 3)), has_aux=True),
             "floating point scalar",
         ),
     ],
@@ -757,7 +762,7 @@ def test_a_function_for_a_batch_is_refused_with_the_cure(batched):
     coefficients = jnp.ones((1, BATCH))
     for call in (
         lambda fn: sequence_scores(fn)(w, x),
-        lambda fn: describe_scores(fn, w, x[0], batch_size=BATCH),
+        lambda fn: describe_scores(fn, w, x),
         lambda fn: accumulated_gradient(fn)(w, x[None], coefficients, 0),
     ):
         with pytest.raises(ValueError, match=r"written for a batch: of 4 sequences.*batch of one"):
@@ -765,6 +770,26 @@ def test_a_function_for_a_batch_is_refused_with_the_cure(batched):
         call(lambda w, x: batched(w, jax.tree.map(lambda x: x[None], x))[0])
     with pytest.raises(ValueError, match="written for a batch"):
         sequence_scores(lambda w, x: (batched(w, x), x), has_aux=True)(w, x)
+
+
+@pytest.mark.parametrize("name", ["tied_embedding", "scan", "linen_Attention"])
+def test_one_sequence_in_place_of_a_microbatch_is_named(name):
+    model = MODELS[name]()
+    for call in (
+        lambda microbatch: describe_scores(model.logprob_fn, model.params, microbatch),
+        lambda microbatch: sequence_scores(model.logprob_fn)(model.params, microbatch),
+        lambda microbatch: check_scores(model.logprob_fn, model.params, microbatch),
+    ):
+        with pytest.raises(ValueError, match=r"If the microbatch is one sequence, give it that"):
+            call(first(model.microbatch))
+
+
+def test_what_cannot_be_differentiated_is_not_taken_for_one_sequence():
+    def logprob_fn(w, x):
+        return jnp.sum(jax.lax.while_loop(lambda h: jnp.sum(h) < 9, lambda h: h * w, x))
+
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        sequence_scores(logprob_fn)(2.0, jnp.ones((2, 3)))
 
 
 def test_other_errors_of_the_function_stay_what_they_are():

@@ -147,7 +147,7 @@ def accumulate(
     relative_bound: _options.Number | None = None,
     skip_fraction: _options.Number = 0.0,
     rtol: float = 1e-6,
-    use_grad_mean: bool = False,
+    average: bool = False,
     accumulator_dtype: DTypeLike = "float32",
     mask: _options.Mask = None,
     should_skip_update_fn: optax.ShouldSkipUpdateFunction | None = None,
@@ -186,9 +186,9 @@ def accumulate(
         in [0, 1]. Default: 0, all remove. The published runs used 0.5 and 0.001.
       rtol: "qr" and "svd" keep directions with at most this fraction of the largest singular value
         in G. Default: 1e-6, eight float32 epsilons.
-      use_grad_mean: divides G by the step's number of microbatches that were not skipped when it
-        goes to `inner`. Default: False, a sum, since coefficients are normalised by the whole
-        mini-batch already.
+      average: divides G by the step's number of microbatches that were not skipped when it goes to
+        `inner`, as `use_grad_mean` of `optax.MultiSteps` does. Default: False, a sum, since
+        coefficients are normalised by the whole mini-batch already.
       accumulator_dtype: of G. Default: float32. `inner` gets G in the updates' dtype.
       mask: which leaves are projected, a pytree of bools or a function from the updates to one.
         Default: those with dense scores or LayerFactors; embedding lookups and tied tables, as
@@ -335,7 +335,7 @@ def accumulate(
         accepted = jnp.where(skip, state.accepted, state.accepted + 1)
 
         def emit(total: Any, inner_state: Any) -> tuple[Any, Any]:
-            if use_grad_mean:
+            if average:
                 count = jnp.maximum(accepted, 1)
                 total = jax.tree.map(lambda x: x / count.astype(x.dtype), total)
             whole = _options.mean(total, at_emission)

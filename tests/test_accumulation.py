@@ -112,14 +112,14 @@ def test_no_shrinkage_is_plain_accumulation():
     plain = jax.tree.map(lambda *grads: sum(grads), *[grads for grads, _ in steps])
     chex.assert_trees_all_close(emitted_gradient(steps, shrinkage=0.0), plain, atol=1e-6)
     chex.assert_trees_all_close(emitted_gradient(steps, skip_fraction=1.0), plain, atol=1e-6)
-    mean = emitted_gradient(steps, shrinkage=0.0, use_grad_mean=True)
+    mean = emitted_gradient(steps, shrinkage=0.0, average=True)
     chex.assert_trees_all_close(mean, jax.tree.map(lambda x: x / 4, plain), atol=1e-6)
 
 
 def test_the_bound_means_the_same_for_a_mean_as_for_a_sum():
     steps = microbatches(4)
     total = emitted_gradient(steps, relative_bound=0.1)
-    mean = emitted_gradient(steps, relative_bound=0.1, use_grad_mean=True)
+    mean = emitted_gradient(steps, relative_bound=0.1, average=True)
     chex.assert_trees_all_close(mean, jax.tree.map(lambda x: x / 4, total), atol=1e-6)
 
 
@@ -247,7 +247,7 @@ def test_skipped_microbatches_count_and_say_why():
 def test_a_mean_leaves_out_skipped_microbatches_as_that_of_optax_does():
     """None, one, both and the first of the two of a step: what is left is still a mean."""
     grads, bad = {"w": jnp.full(2, 2.0)}, {"w": jnp.full(2, jnp.nan)}
-    tx = proma.accumulate(KEEP, 2, use_grad_mean=True, should_skip_update_fn=optax.skip_not_finite)
+    tx = proma.accumulate(KEEP, 2, average=True, should_skip_update_fn=optax.skip_not_finite)
     state, emitted = tx.init(grads), []
     for updates in (grads, grads, grads, bad, bad, bad, bad, grads):
         updates, state = tx.update(updates, state, scores={"w": None})

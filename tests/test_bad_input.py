@@ -214,7 +214,7 @@ def test_the_number_of_microbatches_may_change_between_steps():
 
 @pytest.mark.parametrize(("k", "emitted"), [(0, [1, 1, 1]), (2, [0, 1, 0]), (2.5, [0, 0, 1])])
 def test_a_mean_is_over_the_microbatches_that_there_were(k, emitted):
-    tx = proma.accumulate(optax.identity(), lambda step: k, use_grad_mean=True)
+    tx = proma.accumulate(optax.identity(), lambda step: k, average=True)
     grads, scores = {"w": jnp.ones(2)}, {"w": None}
     state = tx.init(grads)
     for expected in emitted:

@@ -117,7 +117,7 @@ FUNCTIONS = {
             proma.accumulate(
                 optax.sgd(0.1),
                 K,
-                use_grad_mean=True,
+                average=True,
                 should_skip_update_fn=optax.skip_not_finite,
             ),
         )

@@ -6,7 +6,14 @@ from proma_jax.capture import check_scores, describe_scores, sequence_scores
 from proma_jax.checkpoints import check_restorable
 from proma_jax.fused import GradientMetrics, accumulated_gradient
 from proma_jax.intra import Intra, ProjectIntraState, project_intra
-from proma_jax.scores import DenseScores, LayerFactors, LookupFactors, weighted_sum
+from proma_jax.scores import (
+    DenseScores,
+    LayerFactors,
+    LookupFactors,
+    SumScores,
+    View,
+    weighted_sum,
+)
 
 __all__ = [
     "AccumulateState",
@@ -17,6 +24,8 @@ __all__ = [
     "LayerFactors",
     "LookupFactors",
     "ProjectIntraState",
+    "SumScores",
+    "View",
     "accumulate",
     "accumulated_gradient",
     "check_restorable",

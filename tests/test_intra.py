@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import proma_jax as proma
-from proma_jax.scores import View
 from tests import models, oracles
 
 
@@ -246,7 +245,7 @@ def test_what_is_not_one_key_is_named(key):
 
 def test_stacked_layers_are_projected_one_by_one_through_their_view():
     rng = np.random.default_rng(0)
-    view = View().transpose((1, 0, 2))  # the leaf is (d_in, layers, d_out)
+    view = proma.View().transpose((1, 0, 2))  # the leaf is (d_in, layers, d_out)
     leaf = factors(rng, layers=(2,))
     leaf = proma.LayerFactors(leaf.inputs, leaf.output_grads, num_layer_axes=1, view=view)
     grads = proma.weighted_sum({"w": leaf}, jnp.ones(3))

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import proma_jax as proma
-from proma_jax.scores import SumScores, View, contract, gradient_dtype, map_layers, match_scores
+from proma_jax.scores import contract, gradient_dtype, map_layers, match_scores
 from tests import oracles
 
 B = 3
@@ -56,7 +56,7 @@ def several_token_axes(rng):
 def stacked_factors(rng):
     """Two by two layers, in a leaf that keeps them behind its rows."""
     leaf = proma.LayerFactors(normal(rng, B, 2, 2, 4, 5), normal(rng, B, 2, 2, 4, 3), 2)
-    view = View().reshape((5, 4, 3), (5, 2, 2, 3)).transpose((1, 2, 0, 3))
+    view = proma.View().reshape((5, 4, 3), (5, 2, 2, 3)).transpose((1, 2, 0, 3))
     leaf = proma.LayerFactors(*pair_of(leaf), num_layer_axes=2, view=view)
     layers = [
         [
@@ -104,8 +104,8 @@ def stacked_lookups(rng):
 def tied(rng):
     table, explicit = lookups(rng)
     head, head_explicit = layer_factors(rng, d_in=3, d_out=7)
-    head = proma.LayerFactors(*pair_of(head), view=View().transpose((1, 0)))
-    return SumScores((table, head)), explicit + head_explicit.transpose(0, 2, 1)
+    head = proma.LayerFactors(*pair_of(head), view=proma.View().transpose((1, 0)))
+    return proma.SumScores((table, head)), explicit + head_explicit.transpose(0, 2, 1)
 
 
 KINDS = [

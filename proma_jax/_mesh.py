@@ -88,10 +88,6 @@ def layout_of(
         mesh = _mesh_with(AxisType.Auto, (leaf, sequences))
         if mesh is None or spec is None:
             return None
-        if not set(batch_axes) <= set(mesh.axis_names):
-            raise ValueError(
-                f"spmd_axis_name names {tuple(batch_axes)}, but the mesh has {mesh.axis_names}."
-            )
     within = spec_within(leaf, in_layout, spec)
     if within is None or not batch_axes:
         return Layout(spec)
@@ -147,12 +143,22 @@ def spread(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def specs_of_leaves(specs: Any, params: Any) -> list[PartitionSpec | None]:
+def batch_axes_of(spmd_axis_name: Any, arrays: Any) -> tuple[str, ...]:
+    """The mesh axes that `spmd_axis_name` names; a ValueError for those that no mesh has."""
+    names = axis_names(spmd_axis_name)
+    problem = _unknown(names, arrays)
+    if problem:
+        raise ValueError(f"spmd_axis_name is {spmd_axis_name!r}, but {problem}.")
+    return names
+
+
+def specs_of_leaves(specs: Any, params: Any, sequences: Any) -> list[PartitionSpec | None]:
     """A PartitionSpec for each parameter leaf, None where that is not known.
 
     Args:
       specs: pytree of PartitionSpecs and None, a prefix of `params`.
       params: the parameters.
+      sequences: arrays that they are used with, whose mesh may be named.
 
     Raises:
       ValueError: `specs` has another structure, holds something else or does not fit a leaf, or the
@@ -177,7 +183,7 @@ def specs_of_leaves(specs: Any, params: Any) -> list[PartitionSpec | None]:
         raise ValueError(f"param_specs does not fit params: {error}") from error
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), spec in zip(leaves, of_leaves, strict=True):
-        problem = _problem(spec, jnp.shape(leaf), _mesh_with(AxisType.Auto, leaf))
+        problem = _problem(spec, leaf, sequences)
         if problem:
             raise ValueError(
                 f"param_specs has {spec!r} for params{jax.tree_util.keystr(path)} of shape "
@@ -186,22 +192,33 @@ def specs_of_leaves(specs: Any, params: Any) -> list[PartitionSpec | None]:
     return of_leaves
 
 
-def _problem(spec: Any, shape: tuple[int, ...], mesh: Any) -> str | None:
-    """What keeps an array of this shape from being spread by `spec`, None if nothing does."""
+def _problem(spec: Any, leaf: Any, sequences: Any) -> str | None:
+    """What keeps an array from being spread by `spec`, None if nothing does."""
     if spec is None:
         return None
     if not isinstance(spec, PartitionSpec) or PartitionSpec.UNCONSTRAINED in tuple(spec):
         return "it must be a PartitionSpec of axis names, or None"
-    names = _named(spec)
+    names, shape = _named(spec), jnp.shape(leaf)
     if len(spec) > len(shape) or len(set(names)) < len(names):
         return "it has too many entries, or names an axis twice"
-    if mesh is None:
-        return None
-    if not set(names) <= set(mesh.axis_names):
-        return f"the mesh has the axes {mesh.axis_names}"
+    unknown, mesh = _unknown(names, (leaf, sequences)), _mesh_with(AxisType.Auto, leaf)
+    if unknown or mesh is None:
+        return unknown
     if any(n % _size(mesh, axis_names(entry)) for n, entry in zip(shape, spec, strict=False)):
         return f"its axes cannot be divided so on {dict(mesh.shape)}"
     return None
+
+
+def _unknown(names: Iterable[str], arrays: Any) -> str | None:
+    """What to say of mesh axes if no mesh has them, neither that of arrays nor the one set."""
+    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes += [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
+    known = tuple(dict.fromkeys(name for mesh in meshes for name in mesh.axis_names))
+    if set(names) <= set(known):
+        return None
+    if known:
+        return f"the mesh has the axes {known}"
+    return "no mesh is set: call it under `with jax.set_mesh(mesh)`"
 
 
 def without_batch_axes(params: Any, microbatch: Any) -> Any:

@@ -46,6 +46,7 @@ from proma_jax._mesh import (
     Layout,
     automatic,
     axis_names,
+    batch_axes_of,
     layout_of,
     spec_of,
     spec_within,
@@ -160,7 +161,8 @@ def accumulated_gradient(
         params: Any, batch: Any, coefficients: Array, step: Array
     ) -> tuple[Any, GradientMetrics]:
         params = varying_like(params, (batch, coefficients))
-        specs = specs_of_leaves(param_specs, params)
+        specs = specs_of_leaves(param_specs, params, batch)
+        batch_axes_of(spmd_axis_name, (params, batch))
         program = _trace_one(logprob_fn, params, batch, has_aux)
         plan = _Plan(program, params, accumulation, intra, spmd_axis_name, specs)
         k = coefficients.shape[0]

@@ -302,7 +302,7 @@ def test_param_specs_that_do_not_fit_are_named():
         )
         return jax.eval_shape(fn, params, x)
 
-    for fits in (None, P(), {"w": P(None, "model"), "b": None, "none": None}):
+    for fits in (None, P(), {"w": P(None, None), "b": None, "none": None}):
         assert scores(fits)[0].shape == (8,)
     for wrong, message in [
         (P(None, "model"), r"for params\['b'\] of shape \(2,\), but it has too many entries"),
@@ -316,7 +316,8 @@ def test_param_specs_that_do_not_fit_are_named():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     w, spread = jax.device_put((params["w"], x), NamedSharding(mesh, P()))
     for name, spec, message in [
-        ("dta", P(), "spmd_axis_name names"),
+        ("dta", P(), "spmd_axis_name is 'dta', but the mesh has the axes"),
+        ("dta", None, "spmd_axis_name is 'dta', but the mesh has the axes"),
         ("data", P("dta"), "but the mesh has the axes"),
         ("data", P("data"), "its axes cannot be divided so"),
     ]:
@@ -329,6 +330,54 @@ def test_param_specs_that_do_not_fit_are_named():
     explicit = jax.device_put(params, NamedSharding(mesh, P()))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="param_specs is for Auto mesh axes"):
         jax.jit(functools.partial(scores, P()))(explicit)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "message"),
+    [
+        (None, P("data"), r"param_specs has .*data.* for params of shape \(8, 2\), but no mesh is"),
+        ("data", P(), "spmd_axis_name is 'data', but no mesh is set: call it under `with jax.set"),
+        (("replica", "data"), None, r"spmd_axis_name is \('replica', 'data'\), but no mesh is set"),
+    ],
+)
+def test_axes_that_no_mesh_has_are_named_where_none_is_set(name, spec, message):
+    def logprob_fn(w, x):
+        return jnp.sum(jnp.tanh(x @ w))
+
+    w, x, coefficients = jnp.ones((8, 2)), jnp.ones((2, 8, 4, 8)), jnp.ones((2, 8))
+    options = {"spmd_axis_name": name, "param_specs": spec}
+    scores_fn = proma.sequence_scores(logprob_fn, **options)
+    gradient_fn = proma.accumulated_gradient(logprob_fn, **options)
+    calls = (
+        lambda w, x: scores_fn(w, x[0]),
+        lambda w, x: jax.jit(scores_fn)(w, x[0]),
+        lambda w, x: gradient_fn(w, x, coefficients, step=0),
+    )
+    mesh = jax.make_mesh((1, 8), ("replica", "data"), axis_types=(AxisType.Auto,) * 2)
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call(w, x)
+        with jax.set_mesh(mesh):
+            call(w, x)
+        call(w, jax.device_put(x, NamedSharding(mesh, P(None, "data"))))
+
+
+def test_specs_may_name_axes_that_shard_map_maps():
+    """A device's own part is not spread over them any more."""
+    params, tokens, coefficients = model()
+    specs = jax.tree.map(lambda _: P("devices"), params)
+    scores_fn = proma.sequence_scores(logprob_fn, param_specs=specs)
+    gradient_fn = proma.accumulated_gradient(logprob_fn, param_specs=specs)
+
+    def both(params, tokens, coefficients):
+        _, scores = scores_fn(params, tokens[0])
+        of_scores = proma.weighted_sum(scores, coefficients[0])
+        fused, _ = gradient_fn(params, tokens[:1], coefficients[:1], step=0)
+        return jax.lax.psum((of_scores, fused), "devices")
+
+    expected = plain_gradient(logprob_fn, lambda params: params, params, tokens[0], coefficients[0])
+    for found in in_shard_map(both, params, (tokens, coefficients)):
+        assert_close(found, expected, 2e-5)
 
 
 # Mapped axes: every device has sequences of its own.

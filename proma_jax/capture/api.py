@@ -45,7 +45,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from proma_jax._mesh import axis_names, specs_of_leaves, varying_like, without_batch_axes
+from proma_jax._mesh import batch_axes_of, specs_of_leaves, varying_like, without_batch_axes
 from proma_jax.capture import _jaxpr
 from proma_jax.capture.program import trace
 from proma_jax.scores import (
@@ -88,9 +88,10 @@ def sequence_scores(
       `weighted_sum(scores, c)` is the gradient of Σ_i c_i log π_i. Call it under `jax.jit`.
 
     Raises:
-      ValueError: a parameter is not floating point, the microbatch's leaves disagree on b, or
-        `logprob_fn` does not return a floating point scalar. What JAX raises where it cannot be
-        differentiated comes with a note that says so.
+      ValueError: a parameter is not floating point, the microbatch's leaves disagree on b,
+        `logprob_fn` does not return a floating point scalar, or `spmd_axis_name` or `param_specs`
+        name an axis that no mesh has, as where they are used without `jax.set_mesh`. What JAX
+        raises where it cannot be differentiated comes with a note that says so.
 
     Example:
       >>> import jax.numpy as jnp
@@ -108,7 +109,9 @@ def sequence_scores(
 
     @jax.jit
     def of_all(params: Any, microbatch: Any) -> tuple[Any, Any]:
-        specs = jax.tree.unflatten(jax.tree.structure(params), specs_of_leaves(param_specs, params))
+        of_leaves = specs_of_leaves(param_specs, params, microbatch)
+        specs = jax.tree.unflatten(jax.tree.structure(params), of_leaves)
+        batch_axes = batch_axes_of(spmd_axis_name, (params, microbatch))
         own = varying_like(without_batch_axes(params, microbatch), microbatch)
         of_one = functools.partial(per_sequence, own)
         try:
@@ -116,7 +119,6 @@ def sequence_scores(
         except NotImplementedError as error:
             warnings.warn(_ONE_BY_ONE.format(error), stacklevel=2)
             outputs, scores = jax.lax.map(of_one, microbatch)
-        batch_axes = axis_names(spmd_axis_name)
 
         def on_mesh(leaf: Any, scores: ScoreLeaf, spec: PartitionSpec | None) -> ScoreLeaf:
             return exchanged(with_layout(scores, leaf, batch_axes, spec))

@@ -5,8 +5,10 @@ import numpy as np
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-    """Relative to each leaf's norm."""
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    """Relative to each leaf's norm; there must be leaves."""
+    pairs = list(zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True))
+    assert pairs
+    for a, e in pairs:
         a, e = np.float64(a), np.float64(e)
         assert np.linalg.norm(a - e) <= tolerance * max(np.linalg.norm(e), 1e-300)
 

@@ -14,9 +14,23 @@ TESTS = {
 }
 
 
+def names(text):
+    return set(re.findall(r"`(test_\w+)`", text))
+
+
+def targets(text):
+    return re.findall(r"\]\(([^)#:]+)\)", text)
+
+
+def test_the_guarantees_name_tests_and_files():
+    text = (ROOT / "docs" / "guarantees.md").read_text()
+    assert names(text)
+    assert targets(text)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_name_what_exists(page):
     text = page.read_text()
-    assert set(re.findall(r"`(test_\w+)`", text)) <= TESTS
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+    assert names(text) <= TESTS
+    for target in targets(text):
         assert (page.parent / target).exists(), target

@@ -290,7 +290,9 @@ def test_no_score_outlives_its_layer():
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     scores_of_a_layer, all_layers = b * width * width * 4, layers * width * width * 4
-    allowed = memory(plain) + 0.05 * all_layers + 2 * scores_of_a_layer
+    of_plain = memory(plain)
+    assert of_plain > 0
+    allowed = of_plain + 0.05 * all_layers + 2 * scores_of_a_layer
     for variant, copies in {"ridge": 0, "intra": 1, "both": 0}.items():
         accumulation, intra = VARIANTS[variant]
         gradient_fn = proma.accumulated_gradient(logprob_fn, accumulation=accumulation, intra=intra)

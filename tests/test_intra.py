@@ -299,18 +299,14 @@ def test_both_variants_compose():
     leaves = [factors(rng), factors(rng)]
     steps = [(proma.weighted_sum({"w": x}, jnp.ones(3)), {"w": x}) for x in leaves]
     tx = optax.chain(proma.project_intra(rank=1), proma.accumulate(optax.identity(), 2))
-    state = tx.init(steps[0][0])
+    state, projected = tx.init(steps[0][0]), []
     for grads, scores in steps:
-        before = state[0]
+        projected.append(expected_layer(grads["w"], scores["w"], state[0], 1))
         updates, state = jax.jit(tx.update)(grads, state, scores=scores)
-        single = [expected_layer(grads["w"], scores["w"], before, 1)]
-        if proma.has_updated(state):
-            dense = np.stack(
-                [oracles.score(*pair) for pair in zip(*as_numpy(scores["w"]), strict=True)]
-            )
-            first = expected_layer(steps[0][0]["w"], leaves[0], tx.init(grads)[0], 1)
-            removed = oracles.removed(first, single[0], dense, solver="ridge")
-            assert_close(updates["w"], first - removed + single[0])
+    dense = np.stack([oracles.score(*pair) for pair in zip(*as_numpy(leaves[1]), strict=True)])
+    first, second = projected
+    removed = oracles.removed(first, second, dense, solver="ridge")
+    assert_close(updates["w"], first - removed + second)
 
 
 def as_numpy(leaf):

@@ -222,6 +222,7 @@ def test_a_mesh_gives_what_one_device_gives_at_little_cost(name, by_both, by_one
             assert_spread_like((updates, new_state), (params, state))
             state = new_state
     assert_close(jax.device_get(updates), expected, 2e-5)
+    assert traffic(plain) > 0 < extra
     assert traffic(step) <= by_both * traffic(plain)
     assert traffic(one_step) <= by_one * traffic(plain)
     assert extra_memory(step, plain) <= share * extra

@@ -340,10 +340,12 @@ def test_the_inner_optimizer_takes_one_step_per_emission_and_none_between(inner,
     update, expected_update = jax.jit(tx.update), jax.jit(inner.update)
     tolerance = 1e-4 if dtype == "float32" else 3e-2
     gradients = emitted_gradients(dtype)
-    for (grads, scores), gradient in zip(microbatches(4, dtype), gradients, strict=True):
+    steps = zip(microbatches(4, dtype), gradients, [False, True] * 2, strict=True)
+    for (grads, scores), gradient, emits in steps:
         before = state.inner_opt_state
         updates, state = update(grads, state, params, scores=scores)
-        if proma.has_updated(state):
+        assert proma.has_updated(state) == emits
+        if emits:
             expected, expected_state = expected_update(gradient, expected_state, params)
             assert_close(updates, expected, tolerance)
             assert_close(state.inner_opt_state, expected_state, tolerance)

@@ -41,10 +41,10 @@ class Command:
 
 def microbatch(total, scores, coefficients):
     """The accumulated gradient of one kernel after a microbatch."""
-    products = projection.unit_products(scores, total)
-    own_lengths = products.lengths(coefficients * products.norms)
-    weights, _ = projection.removal(products, own_lengths, 1e-2, 1.0, None)
-    return total + scores.weighted_sum(coefficients - weights)
+    [found] = projection.combinations(
+        [scores], [total], [None], projection.Numbers(), coefficients=coefficients
+    )
+    return total + scores.weighted_sum(coefficients - found.weights * found.size)
 
 
 def main(command: Command) -> None:

@@ -1,11 +1,11 @@
 """Proximal policy updates for JAX without a reference policy: PROMA as optax transformations."""
 
 from proma_jax import policy_gradient
-from proma_jax.accumulation import AccumulateState, Accumulation, accumulate, has_updated
+from proma_jax.accumulation import AccumulateState, accumulate, has_updated
 from proma_jax.capture import check_scores, describe_scores, sequence_scores
 from proma_jax.checkpoints import check_restorable
 from proma_jax.fused import GradientMetrics, accumulated_gradient
-from proma_jax.intra import Intra, ProjectIntraState, project_intra
+from proma_jax.intra import ProjectIntraState, project_intra
 from proma_jax.scores import (
     DenseScores,
     LayerFactors,
@@ -14,6 +14,7 @@ from proma_jax.scores import (
     View,
     weighted_sum,
 )
+from proma_jax.settings import Accumulation, Intra
 
 __all__ = [
     "AccumulateState",

@@ -253,6 +253,18 @@ def varying_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda x: jnp.where(flag, x, x), tree)
 
 
+def mean(arrays: Any, axis_name: Any) -> Any:
+    """Arrays' means over mapped axes, if any, taken in at least float32, in their own types."""
+    if axis_name is None:
+        return arrays
+
+    def of_one(x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return jax.lax.pmean(wide, axis_name).astype(x.dtype)
+
+    return jax.tree.map(of_one, arrays)
+
+
 def has_several_devices() -> bool:
     """Whether a mesh of several devices is set, over which XLA may spread what is computed."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -34,8 +34,7 @@ Example:
   True True
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -44,73 +43,14 @@ import optax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from proma_jax import _options
-from proma_jax._mesh import automatic, spec_of, spread, varying_like
+from proma_jax import core, settings
+from proma_jax._mesh import automatic, mean, spec_of, spread, varying_like
 from proma_jax._states import check_state, compiled, on_devices_of, state_version
-from proma_jax.projection import Solver, removed_part
-from proma_jax.scores import (
-    AxisName,
-    DenseScores,
-    LayerFactors,
-    ScoreLeaf,
-    known_spec,
-    match_scores,
-)
+from proma_jax.projection import Solver
+from proma_jax.scores import AxisName, ScoreLeaf, known_spec, match_scores
+from proma_jax.settings import Accumulation, Mask, Number
 
 Sync = Literal["microbatch", "emit"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Accumulation:
-    """Settings of the accumulation variant, as the arguments of `accumulate`.
-
-    Attributes:
-      solver: see `accumulate`; the same holds for the others.
-      ridge: if it is a function, of the number of optimizer steps so far; so are the other numbers.
-      shrinkage: fraction of the projection that is removed.
-      relative_bound: of the removed part's length to that of the microbatch's gradient.
-      skip_fraction: of the microbatches, at the beginning of a step, that remove nothing.
-      rtol: of the solvers "qr" and "svd".
-      mask: which leaves are projected.
-    """
-
-    solver: Solver = "ridge"
-    ridge: _options.Number = 1e-2
-    shrinkage: _options.Number = 1.0
-    relative_bound: _options.Number | None = None
-    skip_fraction: _options.Number = 0.0
-    rtol: float = 1e-6
-    mask: _options.Mask = None
-
-    def __post_init__(self) -> None:
-        _options.check_choice("solver", self.solver, get_args(Solver))
-        _options.check_number("ridge", self.ridge, 0)
-        _options.check_number("shrinkage", self.shrinkage, 0, 1)
-        _options.check_number("skip_fraction", self.skip_fraction, 0, 1)
-        _options.check_number("rtol", self.rtol, 0, 1, schedulable=False)
-        if self.relative_bound is not None:
-            _options.check_number("relative_bound", self.relative_bound, 0)
-        _options.check_mask(self.mask)
-
-    def projects(self, kinds: Sequence[tuple[str, type]], updates: Any) -> list[bool]:
-        """Which leaves are projected, given the path and the kind of scores of each."""
-        by_default = (DenseScores, LayerFactors)
-        return _options.projected_leaves(kinds, self.mask, updates, by_default, (ScoreLeaf,))
-
-    def at_step(self, step: jax.Array) -> dict[str, Any]:
-        """The numbers of `removed_part` at an optimizer step."""
-        numbers = {
-            "ridge": self.ridge,
-            "shrinkage": self.shrinkage,
-            "relative_bound": self.relative_bound,
-        }
-        return {name: _options.at_step(number, step) for name, number in numbers.items()}
-
-    def removes(self, m: jax.Array, k: ArrayLike, step: jax.Array) -> jax.Array:
-        """Whether microbatch m of the k of an optimizer step removes anything."""
-        skipped = jnp.asarray(_options.at_step(self.skip_fraction, step), jnp.float32)
-        first = skipped * jnp.asarray(k, jnp.float32)
-        return (m > 0) & (m.astype(jnp.float32) >= first * (1 - 1e-6))  # rounding must not decide
 
 
 class AccumulateState(NamedTuple):
@@ -142,14 +82,14 @@ def accumulate(
     every_k_schedule: int | Callable[[jax.Array], Any],
     *,
     solver: Solver = "ridge",
-    ridge: _options.Number = 1e-2,
-    shrinkage: _options.Number = 1.0,
-    relative_bound: _options.Number | None = None,
-    skip_fraction: _options.Number = 0.0,
+    ridge: Number = 1e-2,
+    shrinkage: Number = 1.0,
+    relative_bound: Number | None = None,
+    skip_fraction: Number = 0.0,
     rtol: float = 1e-6,
     average: bool = False,
     accumulator_dtype: DTypeLike = "float32",
-    mask: _options.Mask = None,
+    mask: Mask = None,
     should_skip_update_fn: optax.ShouldSkipUpdateFunction | None = None,
     axis_name: AxisName = None,
     sync: Sync = "microbatch",
@@ -226,14 +166,14 @@ def accumulate(
             f"inner={inner!r} must be an optax transformation, like optax.adamw(1e-5)."
         )
     if not callable(every_k_schedule):
-        _options.check_count(
+        settings.check_count(
             "every_k_schedule", every_k_schedule, "the number of microbatches of an optimizer step"
         )
     options = Accumulation(solver, ridge, shrinkage, relative_bound, skip_fraction, rtol, mask)
     if accumulator_dtype is None or not jnp.issubdtype(accumulator_dtype, jnp.floating):
         raise ValueError(f"{accumulator_dtype=} must be a floating point type, like 'float32'.")
-    _options.check_axis_name(axis_name)
-    _options.check_choice("sync", sync, get_args(Sync))
+    settings.check_axis_name(axis_name)
+    settings.check_choice("sync", sync, get_args(Sync))
     if sync == "emit" and axis_name is None:
         raise ValueError("sync='emit' needs the axis_name of what is brought together then.")
     together = axis_name if sync == "microbatch" else None
@@ -258,13 +198,13 @@ def accumulate(
     def take(
         updates: Any, state: AccumulateState, params: Any, scores: Any, extra: dict[str, Any]
     ) -> tuple[Any, AccumulateState]:
-        updates = _options.mean(updates, together)
+        updates = mean(updates, together)
         matched = match_scores(updates, scores)
         step, m = state.gradient_step, state.mini_step
-        k = _options.at_step(every_k_schedule, step)
+        k = settings.at_step(every_k_schedule, step)
         projects = options.projects([(path, type(leaf)) for path, _, leaf in matched], updates)
         accumulated = jax.tree.leaves(state.acc_grads)
-        numbers = {**options.at_step(step), "rtol": rtol}
+        numbers = core.Microbatch(options.removes(m, k, step), options.at_step(step))
         inner_state = state.inner_opt_state
         if together is None:
             accumulated = varying_like(accumulated, (updates, scores))
@@ -279,37 +219,25 @@ def accumulate(
             accumulated: list[jax.Array],
             updates: list[jax.Array],
             chosen: list[ScoreLeaf | None],
-            numbers: dict[str, Any],
-            removes: jax.Array,
+            numbers: core.Microbatch,
         ) -> tuple[list[jax.Array], jax.Array]:
-            def removed_from(
-                gradient: jax.Array, update: jax.Array, leaf: ScoreLeaf | None
-            ) -> jax.Array:
-                if leaf is None:
-                    return jnp.zeros_like(gradient)
-                leaf = leaf.compact()  # outside of the branch: `weighted_sum` has made it already
+            def added(
+                total: jax.Array, update: jax.Array, scores: ScoreLeaf | None
+            ) -> tuple[jax.Array, jax.Array]:
+                """What is added to a leaf's total, and the norm of what was removed from it."""
+                if scores is None:
+                    return update, core.norm(None)
+                own, within = scores.view.apply(update), scores.view.apply(total)
+                leaf = core.Leaf(scores, own, within)
+                [part] = core.parts([leaf], numbers, accumulation=options, axis_name=together)
+                return scores.view.invert(part.added), part.norms[0]
 
-                def remove() -> jax.Array:
-                    part = removed_part(
-                        gradient,
-                        update,
-                        leaf,
-                        solver=solver,
-                        axis_name=together,
-                        **numbers,
-                    )
-                    return part.astype(accumulator_dtype)
-
-                return jax.lax.cond(removes, remove, lambda: jnp.zeros_like(gradient))
-
-            removed = [
-                removed_from(*of_leaf) for of_leaf in zip(accumulated, updates, chosen, strict=True)
-            ]
+            found = [added(*of_leaf) for of_leaf in zip(accumulated, updates, chosen, strict=True)]
             summed = [
-                (gradient - part + update).astype(accumulator_dtype)
-                for gradient, part, update in zip(accumulated, removed, updates, strict=True)
+                (total + part).astype(accumulator_dtype)
+                for total, (part, _) in zip(accumulated, found, strict=True)
             ]
-            return summed, _options.fraction(removed, accumulated)
+            return summed, core.fraction([length for _, length in found], accumulated)
 
         summed, fraction = automatic(
             add,
@@ -318,7 +246,6 @@ def accumulate(
             jax.tree.leaves(updates),
             chosen,
             numbers,
-            options.removes(m, k, step),
         )
 
         summed = [
@@ -327,8 +254,8 @@ def accumulate(
         ]
         of_leaves = [leaf for _, _, leaf in matched]
         skip, skip_state = _judge(should_skip_update_fn, updates, of_leaves, step, params, together)
-        total = _options.with_leaves(
-            state.acc_grads,
+        total = jax.tree.unflatten(
+            jax.tree.structure(state.acc_grads),
             [jnp.where(skip, old, new) for old, new in zip(accumulated, summed, strict=True)],
         )
         emits = m >= k - 1
@@ -338,7 +265,7 @@ def accumulate(
             if average:
                 count = jnp.maximum(accepted, 1)
                 total = jax.tree.map(lambda x: x / count.astype(x.dtype), total)
-            whole = _options.mean(total, at_emission)
+            whole = mean(total, at_emission)
             gradient = optax.tree.cast_like(whole, updates)
             emitted = inner.update(gradient, inner_state, params, **extra)
             if axis_name is None:

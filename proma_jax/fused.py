@@ -41,7 +41,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from proma_jax import _options
+from proma_jax import core
 from proma_jax._mesh import (
     Layout,
     automatic,
@@ -55,7 +55,6 @@ from proma_jax._mesh import (
     varying_like,
     without_batch_axes,
 )
-from proma_jax.accumulation import Accumulation
 from proma_jax.capture import _jaxpr
 from proma_jax.capture.api import (
     check_function,
@@ -69,24 +68,17 @@ from proma_jax.capture.layout import Placement, place
 from proma_jax.capture.pieces import ABSENT
 from proma_jax.capture.program import Program, trace
 from proma_jax.capture.search import Path
-from proma_jax.intra import Intra, Start
-from proma_jax.projection import (
-    UnitProducts,
-    layer_norms,
-    removal,
-    removed_part,
-    unit_products,
-)
+from proma_jax.dominant import Starts, random_starts
+from proma_jax.projection import layer_norms
 from proma_jax.scores import (
     LayerFactors,
     LookupFactors,
     ScoreLeaf,
-    SumScores,
     View,
     divide,
-    stack_vectors,
-    wide,
+    stacked_vectors,
 )
+from proma_jax.settings import Accumulation, Intra, at_step, prng_key
 
 Array = jax.Array
 
@@ -180,7 +172,7 @@ def accumulated_gradient(
                 logprobs, divide(removed, length), divide(removed_intra, own), aux
             )
             totals = plan.spread([t + part for t, part in zip(totals, parts, strict=True)])
-            return (totals, _options.norm(totals)), metrics
+            return (totals, core.norm_of_all(totals)), metrics
 
         def finish(totals: list[Array]) -> list[Array]:
             return [
@@ -189,7 +181,7 @@ def accumulated_gradient(
             ]
 
         zeros = plan.zeros(leaves, accumulator_dtype)
-        start = zeros, _options.norm(zeros)
+        start = zeros, core.norm_of_all(zeros)
         (totals, _), metrics = jax.lax.scan(
             add_microbatch, start, (jnp.arange(k), batch, coefficients)
         )
@@ -259,22 +251,6 @@ def _trace_one(logprob_fn: Callable[..., Any], params: Any, batch: Any, has_aux:
 
     jax.eval_shape(first, params, batch)
     return programs[0]
-
-
-class _Numbers(NamedTuple):
-    """The numbers of one microbatch.
-
-    Attributes:
-      removes: () bool, whether the accumulation variant removes anything.
-      accumulation: arguments of `removed_part`.
-      shrinkage: of the intra variant.
-      starts: of its bases, by rank and dimension.
-    """
-
-    removes: Array
-    accumulation: dict[str, Any]
-    shrinkage: ArrayLike
-    starts: dict[tuple[int, int], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,14 +415,14 @@ class _Plan:
             [in_layout(leaf, spec.view) for spec, leaf in zip(self.leaves, leaves, strict=True)]
         )
 
-    def numbers(self, m: Array, k: int, step: Array, batch_size: int) -> _Numbers:
+    def numbers(self, m: Array, k: int, step: Array, batch_size: int) -> core.Microbatch:
         """Those of microbatch m of k, of `batch_size` sequences, in an optimizer step."""
-        removes, accumulation = jnp.asarray(False), {}
+        numbers = core.Microbatch()
         if self.accumulation:
             removes = self.accumulation.removes(m, k, step)
-            accumulation = self.accumulation.at_step(step)
-        shrinkage: ArrayLike = 0.0
-        starts: dict[tuple[int, int], Array] = {}
+            numbers = numbers._replace(
+                removes=removes, accumulation=self.accumulation.at_step(step)
+            )
         if self.intra:
             chosen = [
                 (self.paths[leaf], batch_size * part.num_tokens, *part.matrix_shape)
@@ -456,20 +432,26 @@ class _Plan:
             ]
             self.intra.warn_of_whole_gradients(chosen)
             taken = step * k + m
-            shrinkage = _options.at_step(self.intra.shrinkage, taken)
-            start = self.intra.start(_options.prng_key(self.intra.key), taken)
-            for assembly, dtype in self._assemblies_in_intra():
-                d_in, d_out = assembly.matrix_shape
-                rank = self.intra.rank_in(batch_size * assembly.num_tokens, d_in, d_out)
-                starts |= {(rank, d): start(rank, d, dtype) for d in (d_in, d_out)}
-        return _Numbers(removes, accumulation, shrinkage, starts)
+            numbers = numbers._replace(
+                intra=jnp.asarray(at_step(self.intra.shrinkage, taken)),
+                starts=self._starts(taken, batch_size),
+            )
+        return numbers
 
-    def _assemblies_in_intra(self) -> list[tuple[Assembly, Any]]:
-        """Those of the factors that the intra variant projects, and the factors' type."""
+    def _starts(self, taken: Array, batch_size: int) -> Starts:
+        """Those of a microbatch's bases."""
+        assert self.intra is not None
         slots = [slot for of_node in self.nodes.values() for slot in of_node]
         found = [(slot.leaf, slot.assembly) for slot in slots]
         found += [(leaf, part) for leaf in self.late for _, part in self.program.parts[leaf]]
-        return [(assembly, assembly.dtype) for leaf, assembly in found if self.leaves[leaf].intra]
+        shapes = [
+            (self.intra.rank_in(batch_size * part.num_tokens, *part.matrix_shape), dimension)
+            for leaf, part in found
+            if self.leaves[leaf].intra
+            for dimension in part.matrix_shape
+        ]
+        key = jax.random.fold_in(prng_key(self.intra.key), taken)
+        return random_starts(key, shapes)
 
     def microbatch(
         self,
@@ -477,7 +459,7 @@ class _Plan:
         totals: list[Array],
         microbatch: Any,
         coefficients: Array,
-        numbers: _Numbers,
+        numbers: core.Microbatch,
     ) -> tuple[list[Array], Any, Array]:
         """What a microbatch adds to each total, the outputs, and the norms of `_parts`."""
         program = self.program
@@ -497,7 +479,10 @@ class _Plan:
             specs[group] = [spec for _, _, spec in seen]
 
         def per_sequence(
-            differentiated: tuple[Any, ...], numbers: _Numbers, coefficient: Array, sequence: Any
+            differentiated: tuple[Any, ...],
+            numbers: core.Microbatch,
+            coefficient: Array,
+            sequence: Any,
         ) -> tuple[Array, Any]:
             dense, late, nodes = differentiated
             values = [dense.get(i, leaf) for i, leaf in enumerate(whole)]
@@ -550,7 +535,7 @@ class _Plan:
         nodes: dict[Path, list[tuple[Array, Array | None]]],
         totals: list[Array],
         coefficients: Array,
-        numbers: _Numbers,
+        numbers: core.Microbatch,
     ) -> tuple[list[Array], Array]:
         """The parts of all leaves and the norms of `_parts`, from what the backward pass made."""
         program = self.program
@@ -562,7 +547,11 @@ class _Plan:
                 if of_part is not None:
                     norms.append(of_part.reshape(-1, 3))
         parts = {leaf: _together(of_leaf, totals[leaf]) for leaf, of_leaf in made.items()}
-        norms += [_three(own=parts[leaf])[None] for leaf in made if made[leaf][0][0].layers is None]
+        norms += [
+            jnp.stack([core.norm(None), core.norm(None), core.norm(parts[leaf])])[None]
+            for leaf in made
+            if made[leaf][0][0].layers is None
+        ]
         waiting: dict[int, ScoreLeaf] = {
             i: jax.vmap(functools.partial(program.dense_leaf, i))(gradient)
             for i, gradient in dense.items()
@@ -574,22 +563,22 @@ class _Plan:
                 lambda found: program.factored(late_leaves, program.reports(found), dtypes)
             )(late)
             waiting |= zip(late_leaves, factored, strict=True)
-        for accumulates in (True, False):
-            numbered = [i for i in waiting if self.leaves[i].accumulates == accumulates]
-            groups = stack_vectors(
-                [_in_layout(waiting[i]) for i in numbered], [totals[i] for i in numbered]
-            )
-            found = self._parts(
-                [self.leaves[numbered[group[0]]] for group, _, _ in groups],
-                [total for _, _, total in groups],
-                [scores for _, scores, _ in groups],
-                coefficients,
-                numbers,
-            )
-            for (positions, _, _), (part, of_part) in zip(groups, found, strict=True):
-                norms.append(of_part[None])
-                for i, one in zip(positions, part if len(positions) > 1 else [part], strict=True):
-                    parts[numbered[i]] = one
+        kinds = [self.leaves[i].accumulates for i in waiting]
+        stacked = stacked_vectors(list(waiting.values()), kinds)
+        groups = [[list(waiting)[position] for position in positions] for positions, _ in stacked]
+        found = self._parts(
+            [alike[0] for alike in groups],
+            [
+                jnp.stack([totals[i] for i in alike]) if len(alike) > 1 else totals[alike[0]]
+                for alike in groups
+            ],
+            [scores for _, scores in stacked],
+            coefficients,
+            numbers,
+        )
+        for alike, (added, of_alike) in zip(groups, found, strict=True):
+            norms.append(of_alike[None])
+            parts |= zip(alike, added if len(alike) > 1 else [added], strict=True)
         in_order = [parts[i].astype(total.dtype) for i, total in enumerate(totals)]
         return in_order, layer_norms(jnp.concatenate(norms).T, 1)
 
@@ -597,7 +586,7 @@ class _Plan:
         self,
         specs: dict[Path, list[PartitionSpec | None]],
         coefficient: Array,
-        numbers: _Numbers,
+        numbers: core.Microbatch,
         group: Path,
         data: Array,
         extra: dict[Path, Any],
@@ -641,7 +630,7 @@ class _Plan:
         data: Array,
         coefficients: Array,
         totals: Sequence[tuple[Array, Array | None]],
-        numbers: _Numbers,
+        numbers: core.Microbatch,
         result_grads: Sequence[Array],
     ) -> list[tuple[Array, Array | None]]:
         """What a microbatch adds to the totals of uses with the same data.
@@ -686,152 +675,47 @@ class _Plan:
             slot.view.apply(spec.view.invert(total)) if slot.layers is None else total
             for slot, spec, (total, _) in zip(slots, specs, totals, strict=True)
         ]
-        parts = self._parts(specs, seen, scores, coefficients, numbers)
+        parts = self._parts([slot.leaf for slot in slots], seen, scores, coefficients, numbers)
         results: list[tuple[Array, Array | None]] = []
-        for slot, spec, (total, place_of_norms), (part, norms) in zip(
+        for slot, spec, (total, place_of_norms), part in zip(
             slots, specs, totals, parts, strict=True
         ):
+            added = part.added
             if slot.layers is None:
-                part = spec.view.apply(slot.view.invert(part))
-            kept = None if place_of_norms is None else norms
-            results.append((part.astype(total.dtype), kept))
+                added = spec.view.apply(slot.view.invert(added))
+            kept = None if place_of_norms is None else part.norms
+            results.append((added.astype(total.dtype), kept))
         return results
 
     def _parts(
         self,
-        specs: Sequence[_Leaf],
+        leaves: Sequence[int],
         totals: Sequence[Array],
         scores: Sequence[ScoreLeaf],
         coefficients: Array,
-        numbers: _Numbers,
-    ) -> list[tuple[Array, Array]]:
-        """What a microbatch adds to the totals of some leaves, all in the layout of the scores.
-
-        Args:
-          specs: what is done with each leaf.
-          totals: the accumulated gradients G.
-          scores: of the microbatch.
-          coefficients: (b,).
-          numbers: of the microbatch.
-
-        Returns:
-          For each leaf the part, and the norms (3,) of what was removed by accumulation and by
-          intra, and of the microbatch's own gradient (only where intra is used).
-        """
-        totals = [wide(total) for total in totals]
-        by_ridge = self.accumulation is not None and self.accumulation.solver == "ridge"
-        ridged = [i for i, spec in enumerate(specs) if spec.accumulates and by_ridge]
-        forms = [scores[i].compact() if i in ridged else scores[i] for i in range(len(specs))]
-        own = {
-            i: form.weighted_sum(coefficients)
-            for i, form in enumerate(forms)
-            if self.intra or i not in ridged
-        }
-        common: dict[int, Array] = {}
-        if self.intra:
-            factors = {
-                i: leaf
-                for i, leaf in enumerate(scores)
-                if specs[i].intra and isinstance(leaf, LayerFactors)
-            }
-            directions = self.intra.directions(list(factors.values()), _start(numbers))
-            parts = self.intra.common_parts([own[i] for i in factors], directions)
-            common = {
-                i: jnp.asarray(numbers.shrinkage * part)
-                for i, part in zip(factors, parts, strict=True)
-            }
-        gradients = {i: g - common[i] if i in common else g for i, g in own.items()}
-        removed = self._removed(specs, totals, forms, gradients, coefficients, numbers)
-        results = []
-        for i, form in enumerate(forms):
-            taken, length = removed.get(i, (jnp.zeros(()), None))
-            if i in ridged:
-                part = form.weighted_sum(jnp.broadcast_to(coefficients, taken.shape) - taken)
-                part = part - common[i] if i in common else part
-            else:
-                part = gradients[i] - taken
-            own_gradient = own.get(i) if self.intra else None
-            norms = _three(common.get(i), own_gradient)
-            results.append((part, norms if length is None else norms.at[0].set(length)))
-        return results
-
-    def _removed(
-        self,
-        specs: Sequence[_Leaf],
-        totals: Sequence[Array],
-        scores: Sequence[ScoreLeaf],
-        gradients: dict[int, Array],
-        coefficients: Array,
-        numbers: _Numbers,
-    ) -> dict[int, tuple[Array, Array]]:
-        """What accumulation removes from each leaf that it projects, and its norm.
-
-        With the solver "ridge" as weights (*layers, b) of the scores, from one solve for all
-        leaves; with the others as arrays. `gradients` are needed by these, and where they are not
-        the weighted sums of the scores.
-        """
-        settings = self.accumulation
-        chosen = [i for i, spec in enumerate(specs) if spec.accumulates]
-        if settings is None or not chosen:
-            return {}
-
-        def one_by_one() -> dict[int, tuple[Array, Array]]:
-            removed = {}
-            for i in chosen:
-                part = removed_part(
-                    totals[i],
-                    gradients[i],
-                    scores[i],
-                    solver=settings.solver,
-                    rtol=settings.rtol,
-                    **numbers.accumulation,
-                )
-                removed[i] = part.astype(totals[i].dtype), _norm_of(part)
-            return removed
-
-        def together() -> dict[int, tuple[Array, Array]]:
-            products, own_lengths = [], []
-            for i in chosen:
-                found = unit_products(scores[i], totals[i])
-                flat = UnitProducts(
-                    *(x.reshape(-1, *x.shape[scores[i].num_layer_axes :]) for x in found)
-                )
-                products.append(flat)
-                weighted = jnp.where(flat.norms == 0, 0, coefficients[None] * flat.norms)
-                own_lengths.append(
-                    layer_norms(gradients[i], scores[i].num_layer_axes).reshape(-1)
-                    if i in gradients
-                    else flat.lengths(weighted)
-                )
-            of_all = jax.tree.map(lambda *xs: jnp.concatenate(xs), *products)
-            weights, lengths = removal(
-                of_all, jnp.concatenate(own_lengths) / of_all.size, **numbers.accumulation
+        numbers: core.Microbatch,
+    ) -> list[core.Part]:
+        """What a microbatch adds to the totals of some leaves, in the layout of the scores."""
+        of_leaves = [
+            core.Leaf(
+                scores=of_leaf,
+                total=total if self.leaves[i].accumulates else None,
+                in_intra=self.leaves[i].intra,
             )
-            weights, lengths = weights * of_all.size[:, None], lengths * of_all.size
-            removed, start = {}, 0
-            for i, product in zip(chosen, products, strict=True):
-                here = slice(start, start := start + len(product.norms))
-                weights_here = weights[here].reshape(weight_shapes[i]).astype(totals[i].dtype)
-                removed[i] = weights_here, _norm_of(lengths[here])
-            return removed
-
-        weight_shapes = {i: (*scores[i].layer_shape, scores[i].batch_size) for i in chosen}
-        remove = together if settings.solver == "ridge" else one_by_one
-
-        def nothing() -> dict[int, tuple[Array, Array]]:
-            shapes = weight_shapes if settings.solver == "ridge" else dict.fromkeys(chosen)
-            zeros = {
-                i: (jnp.zeros_like(totals[i], shape=shapes[i]), jnp.zeros((), jnp.float32))
-                for i in chosen
-            }
-            return varying_like(zeros, coefficients)
-
-        return jax.lax.cond(numbers.removes, remove, nothing)
+            for i, total, of_leaf in zip(leaves, totals, scores, strict=True)
+        ]
+        return core.parts(
+            of_leaves,
+            numbers,
+            accumulation=self.accumulation,
+            intra=self.intra,
+            coefficients=coefficients,
+        )
 
 
 def _node(
     fold: Callable[..., Any], like: Sequence[tuple[Any, Sequence[int]]]
-) -> Callable[[Array, Array, Any, _Numbers], list[Array]]:
+) -> Callable[[Array, Array, Any, core.Microbatch], list[Array]]:
     """A function of one sequence that makes probes, whose gradients it sees for all sequences.
 
     Args:
@@ -844,13 +728,15 @@ def _node(
       (data, coefficient, slots, numbers) to the probes, zeros.
     """
 
-    def zeros(data: Array, coefficient: Array, slots: Any, numbers: _Numbers) -> list[Array]:
+    def zeros(data: Array, coefficient: Array, slots: Any, numbers: core.Microbatch) -> list[Array]:
         del slots, numbers
         probes = [_jaxpr.zeros(variable, lengths) for variable, lengths in like]
         return varying_like(probes, (data, coefficient))
 
     @jax.custom_vjp
-    def of_all(data: Array, coefficients: Array, slots: Any, numbers: _Numbers) -> list[Array]:
+    def of_all(
+        data: Array, coefficients: Array, slots: Any, numbers: core.Microbatch
+    ) -> list[Array]:
         probes = zeros(data, coefficients, slots, numbers)
         return [_for_each(coefficients, probe) for probe in probes]
 
@@ -891,26 +777,6 @@ def _own(data: Array, coefficient: Array) -> Array:
 def _(axis_size: int, in_batched: Any, data: Array, coefficients: Array) -> tuple[Array, bool]:
     del axis_size
     return data if in_batched[0] else _for_each(coefficients, data), True
-
-
-def _in_layout(scores: ScoreLeaf) -> ScoreLeaf:
-    """The scores of a leaf that is already in their layout."""
-    whole: Any = scores
-    return scores if isinstance(scores, SumScores) else dataclasses.replace(whole, view=View())
-
-
-def _start(numbers: _Numbers) -> Start:
-    return lambda rank, dimension, dtype: numbers.starts[rank, dimension]
-
-
-def _norm_of(x: Array) -> Array:
-    return layer_norms(x).astype(jnp.float32)
-
-
-def _three(intra: Array | None = None, own: Array | None = None) -> Array:
-    """The norms of `_parts`, of which the first is zero."""
-    zero = jnp.zeros((), jnp.float32)
-    return jnp.stack([zero, *(zero if x is None else _norm_of(x) for x in (intra, own))])
 
 
 def _slot(leaf: int, placements: Sequence[Placement], layout: LeafLayout) -> _Slot | None:

@@ -24,186 +24,20 @@ Example:
   True
 """
 
-import collections
-import dataclasses
-import functools
-import itertools
-import math
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from proma_jax import _options
-from proma_jax._mesh import automatic, spec_of, spread
+from proma_jax import core, settings
+from proma_jax._mesh import automatic, mean, spec_of, spread
 from proma_jax._states import check_state, compiled, on_devices_of, state_version
-from proma_jax.scores import AxisName, LayerFactors, contract, known_spec, match_scores, wide
-from proma_jax.subspace import (
-    Orthonormalization,
-    dominant_directions,
-    orthonormal_basis,
-    random_start,
-)
-
-Start = Callable[[int, int, Any], jax.Array]
-"""(rank, dimension, dtype) to the directions from which bases of that shape start."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Intra:
-    """Settings of the intra-microbatch variant, as the arguments of `project_intra`.
-
-    Attributes:
-      rank: see `project_intra`; the same holds for the others.
-      shrinkage: if it is a function, of the number of microbatches so far.
-      power_iterations: of the subspace iteration.
-      orthonormalization: of the bases.
-      mask: which leaves are projected.
-      key: of the random starts of the bases.
-    """
-
-    rank: int = 10
-    shrinkage: _options.Number = 1.0
-    power_iterations: int = 2
-    orthonormalization: Orthonormalization = "cholesky_qr"
-    mask: _options.Mask = None
-    key: int | jax.Array = 0
-
-    def __post_init__(self) -> None:
-        _options.check_count("rank", self.rank, "the dimension of the subspaces")
-        _options.check_count(
-            "power_iterations", self.power_iterations, "how often a basis is refined"
-        )
-        choices = get_args(Orthonormalization)
-        _options.check_choice("orthonormalization", self.orthonormalization, choices)
-        _options.check_number("shrinkage", self.shrinkage, 0, 1)
-        _options.check_mask(self.mask)
-        _options.check_key(self.key)
-
-    def projects(self, kinds: Sequence[tuple[str, type]], updates: Any) -> list[bool]:
-        """Which leaves are projected, given the path and the kind of scores of each."""
-        projects = _options.projected_leaves(
-            kinds, self.mask, updates, (LayerFactors,), (LayerFactors,)
-        )
-        if kinds and not any(issubclass(kind, LayerFactors) for _, kind in kinds):
-            raise ValueError(
-                "scores has no LayerFactors, so there is nothing to project: take scores from "
-                "proma_jax.sequence_scores, and see proma_jax.describe_scores."
-            )
-        return projects
-
-    def start(self, key: jax.Array, step: jax.Array) -> Start:
-        """Where the bases of a microbatch start: the same for all layers of one width."""
-        return functools.cache(functools.partial(random_start, jax.random.fold_in(key, step)))
-
-    def rank_in(self, num_tokens: int, d_in: int, d_out: int) -> int:
-        """The rank of a layer's subspaces, for a microbatch of so many tokens."""
-        return min(self.rank, num_tokens, d_in, d_out)
-
-    def rank_of(self, factors: LayerFactors) -> int:
-        """The rank of the subspaces of a layer with these factors."""
-        num_tokens, d_in = factors.rows("inputs").shape[-2:]
-        return self.rank_in(num_tokens, d_in, factors.output_grads.shape[-1])
-
-    def warn_of_whole_gradients(self, layers: Sequence[tuple[str, int, int, int]]) -> None:
-        """Warns of layers whose gradient is in the subspaces, all of it.
-
-        Args:
-          layers: path, number of tokens, d_in and d_out of each.
-        """
-        whole = [
-            f"{path or '(root)'} ({_count(num_tokens, 'token')}, {d_in} -> {d_out})"
-            for path, num_tokens, d_in, d_out in layers
-            for rank in [self.rank_in(num_tokens, d_in, d_out)]
-            if 0 < num_tokens == rank or d_in == d_out == rank
-        ]
-        if whole:
-            warnings.warn(
-                f"Intra of rank {self.rank} removes the whole gradient of {', '.join(whole)}. Take "
-                "a rank well below the tokens of a microbatch and the widths of its layers, or "
-                "leave these out by a mask.",
-                stacklevel=2,
-            )
-
-    def directions(
-        self, factors: Sequence[LayerFactors], start: Start
-    ) -> list[tuple[jax.Array, jax.Array]]:
-        """What spans the dominant subspaces of each leaf's inputs and output gradients.
-
-        Args:
-          factors: of each leaf. Leaves with the same `input_group` share the directions of their
-            inputs.
-          start: of the subspace iteration.
-
-        Returns:
-          For each leaf (*layers, r, d_in) and (*layers, r, d_out), rows of unit length, or zero.
-        """
-        matrices: dict[Any, tuple[jax.Array, jax.Array | None]] = {}
-        keys: list[tuple[Any, Any]] = []
-        for leaf in factors:
-            inputs, output_grads = leaf.rows("inputs"), leaf.rows("output_grads")
-            in_loss = leaf.tokens_in_loss().reshape(inputs.shape[:-1])
-            own = (len(keys),)
-            shared = own if leaf.input_group is None else leaf.input_group
-            rank, layers = self.rank_of(leaf), leaf.layer_shape
-            of_inputs = rank, inputs.shape[-1], layers, "inputs", shared
-            of_grads = rank, output_grads.shape[-1], layers, "output_grads", own
-            matrices |= {of_inputs: (inputs, in_loss), of_grads: (output_grads, None)}
-            keys.append((of_inputs, of_grads))
-        alike: dict[Any, list[Any]] = collections.defaultdict(list)
-        for key in matrices:
-            alike[key[:3]].append(key)
-        found: dict[Any, jax.Array] = {}
-        for (rank, dimension, _), group in alike.items():
-            rows, kept = zip(*(matrices[key] for key in group), strict=True)
-            from_start = start(rank, dimension, rows[0].dtype)
-            directions = dominant_directions(
-                rows, from_start, kept=kept, power_iterations=self.power_iterations
-            )
-            found |= zip(group, directions, strict=True)
-        return [(found[of_inputs], found[of_grads]) for of_inputs, of_grads in keys]
-
-    def common_parts(
-        self,
-        gradients: Sequence[jax.Array],
-        directions: Sequence[tuple[jax.Array, jax.Array]],
-    ) -> list[jax.Array]:
-        """What lies in the dominant subspaces: Q_x (Q_xᵀ g Q_d) Q_dᵀ; bases are rows.
-
-        Args:
-          gradients: g of each leaf, (*layers, d_in, d_out).
-          directions: of each leaf, as from `directions`.
-        """
-        distinct = {id(rows): rows for pair in directions for rows in pair}
-        alike: dict[Any, list[int]] = collections.defaultdict(list)
-        for key, rows in distinct.items():
-            alike[rows.shape[-2:], rows.dtype].append(key)
-        bases: dict[int, jax.Array] = {}
-        for (shape, _), group in alike.items():
-            flat = [
-                distinct[key].reshape(math.prod(distinct[key].shape[:-2]), *shape) for key in group
-            ]
-            basis = orthonormal_basis(jnp.concatenate(flat), self.orthonormalization)
-            ends = itertools.accumulate(len(rows) for rows in flat)
-            for key, rows, end in zip(group, flat, ends, strict=True):
-                bases[key] = basis[end - len(rows) : end].reshape(distinct[key].shape)
-
-        def common_part(gradient: jax.Array, q_x: jax.Array, q_d: jax.Array) -> jax.Array:
-            core = contract("...ri,...ij,...sj->...rs", q_x, gradient, q_d)
-            return contract("...ri,...rs,...sj->...ij", q_x, core, q_d)
-
-        return [
-            common_part(gradient, bases[id(x)], bases[id(d)])
-            for gradient, (x, d) in zip(gradients, directions, strict=True)
-        ]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+from proma_jax.dominant import random_starts
+from proma_jax.scores import AxisName, LayerFactors, known_spec, match_scores
+from proma_jax.settings import Intra, Mask, Number
+from proma_jax.subspace import Orthonormalization
 
 
 class ProjectIntraState(NamedTuple):
@@ -225,10 +59,10 @@ class ProjectIntraState(NamedTuple):
 def project_intra(
     rank: int = 10,
     *,
-    shrinkage: _options.Number = 1.0,
+    shrinkage: Number = 1.0,
     power_iterations: int = 2,
     orthonormalization: Orthonormalization = "cholesky_qr",
-    mask: _options.Mask = None,
+    mask: Mask = None,
     key: int | jax.Array = 0,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -267,13 +101,13 @@ def project_intra(
         updates (with the name of the leaf and both shapes), a mask that asks for a leaf without
         LayerFactors, or no leaf that has them.
     """
-    _options.check_axis_name(axis_name)
+    settings.check_axis_name(axis_name)
     options = Intra(rank, shrinkage, power_iterations, orthonormalization, mask, key)
 
     def init_fn(params: Any) -> ProjectIntraState:
         state = ProjectIntraState(
             step=jnp.zeros((), jnp.int32),
-            rng_key=jnp.array(jax.random.key_data(_options.prng_key(key))),
+            rng_key=jnp.array(jax.random.key_data(settings.prng_key(key))),
             intra_fraction=jnp.zeros((), jnp.float32),
             version=state_version(),
         )
@@ -300,39 +134,44 @@ def project_intra(
 
         def remove(
             chosen: list[tuple[jax.Array, LayerFactors]],
-            updates: list[jax.Array],
+            others: list[jax.Array],
             rng_key: jax.Array,
             step: jax.Array,
-            factor: jax.Array,
+            shrinkage: jax.Array,
         ) -> tuple[list[jax.Array], jax.Array]:
-            kind = jax.random.key_impl(_options.prng_key(key))
-            start = options.start(jax.random.wrap_key_data(rng_key, impl=kind), step)
-            layers = [leaf.view.apply(wide(update)) for update, leaf in chosen]
-            directions = options.directions([leaf for _, leaf in chosen], start)
-            parts = options.common_parts(layers, directions)
-            removed = [
-                factor * leaf.view.invert(part)
-                for (_, leaf), part in zip(chosen, parts, strict=True)
+            kind = jax.random.key_impl(settings.prng_key(key))
+            now = jax.random.fold_in(jax.random.wrap_key_data(rng_key, impl=kind), step)
+            shapes = [shape for _, leaf in chosen for shape in options.shapes_of(leaf)]
+            numbers = core.Microbatch(intra=shrinkage, starts=random_starts(now, shapes))
+            leaves = [
+                core.Leaf(leaf, leaf.view.apply(update), in_intra=True) for update, leaf in chosen
             ]
+            parts = core.parts(leaves, numbers, intra=options)
             projected = [
-                (wide(update) - part).astype(update.dtype)
-                for (update, _), part in zip(chosen, removed, strict=True)
+                leaf.view.invert(part.added).astype(update.dtype)
+                for (update, leaf), part in zip(chosen, parts, strict=True)
             ]
-            return projected, _options.fraction(removed, updates, axis_name)
+            whole = [*(part.norms[2] for part in parts), *others]
+            return projected, core.fraction([p.norms[1] for p in parts], whole, axis_name)
 
-        factor = jnp.asarray(_options.at_step(shrinkage, state.step))
+        others = [update for update, of_leaf in zip(leaves, projects, strict=True) if not of_leaf]
+        factor = jnp.asarray(settings.at_step(shrinkage, state.step))
         specs = [spec_of(update) for update, _ in chosen], PartitionSpec()
         found, fraction = automatic(
-            remove, specs, chosen, leaves, state.rng_key, state.step, factor
+            remove, specs, chosen, others, state.rng_key, state.step, factor
         )
         of_each = iter(found)
         projected = [
             next(of_each) if project else update
             for update, project in zip(leaves, projects, strict=True)
         ]
-        projected = _options.mean(projected, axis_name)
+        projected = [
+            spread(update, known_spec(leaf))
+            for update, (_, _, leaf) in zip(projected, matched, strict=True)
+        ]
+        projected = mean(projected, axis_name)
         new_state = state._replace(step=optax.safe_increment(state.step), intra_fraction=fraction)
-        return _options.with_leaves(updates, projected), new_state
+        return jax.tree.unflatten(jax.tree.structure(updates), projected), new_state
 
     project_as_one = compiled(project, shrinkage)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proma_jax.projection import layer_norms, removed_part
+from proma_jax.projection import Numbers, combinations, layer_norms, removed_exactly
 from proma_jax.scores import DenseScores, LayerFactors, LookupFactors, SumScores
 from tests import oracles
 
@@ -16,7 +16,22 @@ pytestmark = pytest.mark.any_version
 
 SOLVERS = ("ridge", "qr", "svd")
 EXACT = ("qr", "svd")
-run = jax.jit(removed_part, static_argnames=("solver", "rtol"))
+
+
+def removed_part(gradient, update, scores, *, solver="ridge", **numbers):
+    """What is removed from a leaf's accumulated gradient, in the leaf's layout."""
+    total, numbers = scores.view.apply(gradient), Numbers(**numbers)
+    own_length = layer_norms(scores.view.apply(update), scores.num_layer_axes)
+    if solver == "ridge":
+        form = scores.compact()
+        [combination] = combinations([form], [total], [own_length], numbers)
+        part = combination.removed(form)
+    else:
+        part, _ = removed_exactly(scores, total, own_length, numbers, solver=solver)
+    return scores.view.invert(part)
+
+
+run = jax.jit(removed_part, static_argnames="solver")
 
 
 def normal(rng, *shape, dtype=jnp.float32):

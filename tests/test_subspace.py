@@ -28,7 +28,7 @@ KEY = jax.random.key(0)
 @functools.partial(jax.jit, static_argnames=("rank", "power_iterations", "orthonormalization"))
 def subspace_of(rows, rank, key, kept=None, power_iterations=2, orthonormalization="cholesky_qr"):
     """A basis of the dominant subspace of one matrix."""
-    start = random_start(key, rank, rows.shape[-1], rows.dtype)
+    start = random_start(key, rank, rows.shape[-1])
     [directions] = dominant_directions(
         [rows], start, kept=[kept], power_iterations=power_iterations
     )
@@ -158,10 +158,10 @@ def test_matrices_together_give_what_each_gives_alone():
     for d, rank in ((12, 2), (96, 30)):
         matrices = [jnp.asarray(rng.normal(size=(2, n, d)), jnp.float32) for n in (40, 50)]
         kept = [None, jnp.arange(100).reshape(2, 50) % 3 > 0]
-        start = random_start(KEY, rank, d, jnp.float32)
+        start = random_start(KEY, rank, d)
         together = dominant_directions(matrices, start, kept=kept)
+        chex.assert_shape(together, (2, 2, rank, d))
         for rows, rows_kept, directions in zip(matrices, kept, together, strict=True):
-            chex.assert_shape(directions, (2, rank, d))
             for layer in range(2):
                 of_layer = None if rows_kept is None else rows_kept[layer]
                 expected = subspace_of(rows[layer], rank, KEY, kept=of_layer)

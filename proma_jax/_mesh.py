@@ -152,6 +152,13 @@ def batch_axes_of(spmd_axis_name: Any, arrays: Any) -> tuple[str, ...]:
     return names
 
 
+def by_feature(layers: jax.Array, layout: Layout) -> jax.Array:
+    """An array (*layers, ...) spread like one of a leaf's dense scores, as they are used."""
+    if layout.by_feature is None:
+        return layers
+    return spread(layers, PartitionSpec(*layout.by_feature[1:]))
+
+
 def specs_of_leaves(specs: Any, params: Any, sequences: Any) -> list[PartitionSpec | None]:
     """A PartitionSpec for each parameter leaf, None where that is not known.
 

@@ -46,9 +46,11 @@ from jax.typing import ArrayLike, DTypeLike
 from proma_jax import core, settings
 from proma_jax._mesh import automatic, mean, spec_of, spread, varying_like
 from proma_jax._states import check_state, compiled, on_devices_of, state_version
+from proma_jax.match import kinds, match_scores
 from proma_jax.projection import Solver
-from proma_jax.scores import AxisName, ScoreLeaf, known_spec, match_scores
+from proma_jax.scores import AxisName, ScoreLeaf
 from proma_jax.settings import Accumulation, Mask, Number
+from proma_jax.spread import gradient_spec
 
 Sync = Literal["microbatch", "emit"]
 
@@ -202,7 +204,7 @@ def accumulate(
         matched = match_scores(updates, scores)
         step, m = state.gradient_step, state.mini_step
         k = settings.at_step(every_k_schedule, step)
-        projects = options.projects([(path, type(leaf)) for path, _, leaf in matched], updates)
+        projects = options.projects(kinds(matched), updates)
         accumulated = jax.tree.leaves(state.acc_grads)
         numbers = core.Microbatch(options.removes(m, k, step), options.at_step(step))
         inner_state = state.inner_opt_state
@@ -249,7 +251,7 @@ def accumulate(
         )
 
         summed = [
-            spread(total, known_spec(leaf))
+            spread(total, gradient_spec(leaf))
             for total, (_, _, leaf) in zip(summed, matched, strict=True)
         ]
         of_leaves = [leaf for _, _, leaf in matched]

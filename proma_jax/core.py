@@ -166,9 +166,9 @@ def _common(
 ) -> dict[int, Array]:
     """What the intra variant removes from those leaves that it projects."""
     factors = {
-        i: leaf.scores
+        i: leaf.scores.made
         for i, leaf in enumerate(leaves)
-        if leaf.in_intra and isinstance(leaf.scores, LayerFactors)
+        if leaf.in_intra and isinstance(leaf.scores.made, LayerFactors)
     }
     if intra is None or not factors:
         return {}

@@ -79,6 +79,7 @@ from proma_jax.scores import (
     stacked_vectors,
 )
 from proma_jax.settings import Accumulation, Intra, at_step, prng_key
+from proma_jax.spread import SpreadScores
 
 Array = jax.Array
 
@@ -666,10 +667,8 @@ class _Plan:
                 scores.append(LookupFactors(read, grads, rows, num_layer_axes))
             else:
                 group = groups.setdefault(assembly.inputs_key, len(groups))
-                made = LayerFactors(
-                    read, grads, num_layer_axes, in_loss=in_loss, layout=layout, input_group=group
-                )
-                scores.append(made)
+                made = LayerFactors(read, grads, num_layer_axes, in_loss=in_loss, input_group=group)
+                scores.append(made if layout is None else SpreadScores(made, None, layout))
         specs = [self.leaves[slot.leaf] for slot in slots]
         seen = [
             slot.view.apply(spec.view.invert(total)) if slot.layers is None else total

@@ -35,8 +35,10 @@ from proma_jax import core, settings
 from proma_jax._mesh import automatic, mean, spec_of, spread
 from proma_jax._states import check_state, compiled, on_devices_of, state_version
 from proma_jax.dominant import random_starts
-from proma_jax.scores import AxisName, LayerFactors, known_spec, match_scores
+from proma_jax.match import kinds, match_scores
+from proma_jax.scores import AxisName, LayerFactors
 from proma_jax.settings import Intra, Mask, Number
+from proma_jax.spread import gradient_spec
 from proma_jax.subspace import Orthonormalization
 
 
@@ -117,18 +119,18 @@ def project_intra(
         updates: Any, state: ProjectIntraState, scores: Any
     ) -> tuple[Any, ProjectIntraState]:
         matched = match_scores(updates, scores)
-        projects = options.projects([(path, type(leaf)) for path, _, leaf in matched], updates)
-        leaves = [spread(update, known_spec(leaf)) for _, update, leaf in matched]
+        projects = options.projects(kinds(matched), updates)
+        leaves = [spread(update, gradient_spec(leaf)) for _, update, leaf in matched]
         chosen = [
-            (update, leaf)
+            (update, leaf.made)
             for update, (_, _, leaf), project in zip(leaves, matched, projects, strict=True)
-            if project and isinstance(leaf, LayerFactors)
+            if project and leaf is not None and isinstance(leaf.made, LayerFactors)
         ]
+        paths = [path for (path, _, _), project in zip(matched, projects, strict=True) if project]
         options.warn_of_whole_gradients(
             [
                 (path, leaf.rows("inputs").shape[-2], *leaf.matrix_shape)
-                for (path, _, leaf), project in zip(matched, projects, strict=True)
-                if project and isinstance(leaf, LayerFactors)
+                for path, (_, leaf) in zip(paths, chosen, strict=True)
             ]
         )
 
@@ -166,7 +168,7 @@ def project_intra(
             for update, project in zip(leaves, projects, strict=True)
         ]
         projected = [
-            spread(update, known_spec(leaf))
+            spread(update, gradient_spec(leaf))
             for update, (_, _, leaf) in zip(projected, matched, strict=True)
         ]
         projected = mean(projected, axis_name)

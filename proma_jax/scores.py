@@ -16,10 +16,10 @@ A leaf may stack several layers (a scan over layers, a batched einsum). Score ar
 Example:
   >>> import jax.numpy as jnp
   >>> inputs, output_grads = jnp.ones((2, 5, 3)), jnp.ones((2, 5, 4))   # b=2, 5 tokens
-  >>> scores = {"kernel": LayerFactors(inputs, output_grads), "bias": jnp.ones((2, 4))}
-  >>> grads = weighted_sum(scores, jnp.array([1.0, -0.5]))
-  >>> grads["kernel"].shape, grads["bias"].shape
-  ((3, 4), (4,))
+  >>> scores = LayerFactors(inputs, output_grads)
+  >>> gradient = scores.weighted_sum(jnp.array([1.0, -0.5]))
+  >>> scores.gram().shape, scores.dots(gradient).shape, gradient.shape
+  ((2, 2), (2,), (3, 4))
 """
 
 from __future__ import annotations
@@ -33,10 +33,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import PartitionSpec
-
-from proma_jax._mesh import Layout, automatic, layout_of, spec_of, spread
 
 Array = jax.Array
 AxisName = str | tuple[str, ...] | None
@@ -118,14 +114,12 @@ class ScoreLeaf:
       num_layer_axes: how many leading axes of each array, after b, count layers.
       view: how the parameter leaf is read as (*layers, ...), the scores' layout.
       dtype: of the gradients made from the scores; None for that of the arrays.
-      layout: how dense scores and gradients are spread over a mesh; None where that is not known.
       arrays: names of the fields that hold (b, *layers, ...).
     """
 
     num_layer_axes: int
     view: View
     dtype: Any
-    layout: Layout | None
     arrays: tuple[str, ...]
 
     def gram(self) -> Array:
@@ -146,10 +140,15 @@ class ScoreLeaf:
     def dense(self) -> DenseScores:
         """The scores themselves."""
         values = jax.vmap(self.weighted_sum)(jnp.eye(self.batch_size))
-        return DenseScores(values, self.num_layer_axes, self.view, self.dtype, self.layout)
+        return DenseScores(values, self.num_layer_axes, self.view, self.dtype)
 
     def compact(self) -> ScoreLeaf:
         """The same scores in the form that is the fastest to project with."""
+        return self
+
+    @property
+    def made(self) -> ScoreLeaf:
+        """The scores as they were made, whatever has been added to them on a mesh."""
         return self
 
     def rescaled(self) -> tuple[ScoreLeaf, Array]:
@@ -207,7 +206,7 @@ def divide(x: Array, by: Array) -> Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values"],
-    meta_fields=["num_layer_axes", "view", "dtype", "layout"],
+    meta_fields=["num_layer_axes", "view", "dtype"],
 )
 @dataclasses.dataclass(frozen=True)
 class DenseScores(ScoreLeaf):
@@ -218,14 +217,12 @@ class DenseScores(ScoreLeaf):
       num_layer_axes: how many leading axes after b count layers. Default 0: one layer.
       view: how the parameter leaf is read as (*layers, ...). Default: as it is.
       dtype: of the gradients made from the scores. Default: that of `values`.
-      layout: how they are best spread over a mesh, as `sequence_scores` has found out.
     """
 
     values: Array
     num_layer_axes: int = 0
     view: View = View()
     dtype: Any = None
-    layout: Layout | None = None
     arrays = ("values",)
 
     def _one_layer_shape(self) -> tuple[int, ...]:
@@ -236,19 +233,12 @@ class DenseScores(ScoreLeaf):
         """Einsum subscripts of a layer's axes, which stay apart so that any may be sharded."""
         return string.ascii_uppercase[: len(self._one_layer_shape())]
 
-    def _by_feature(self, layers: Array) -> Array:
-        """An array of the scores' layout, spread like one of them."""
-        if self.layout is None or self.layout.by_feature is None:
-            return layers
-        return spread(layers, PartitionSpec(*self.layout.by_feature[1:]))
-
     def gram(self) -> Array:
         values, n = self._layers_first("values"), self._features
         return contract(f"...i{n},...j{n}->...ij", values, values)
 
     def dots(self, layers: Array) -> Array:
         n = self._features
-        layers = self._by_feature(layers)
         return contract(f"...b{n},...{n}->...b", self._layers_first("values"), layers)
 
     def weighted_sum(self, weights: Array) -> Array:
@@ -262,15 +252,10 @@ class DenseScores(ScoreLeaf):
         marks = 1 + jax.lax.broadcasted_iota(weights.dtype, weights.shape, weights.ndim - 1)
         both = jnp.stack([jnp.where(finite, weights, 0), jnp.where(finite, 0, marks)])
         total, marked = contract(f"...b{n},k...b->k...{n}", self._layers_first("values"), both)
-        return self._by_feature(jnp.where(jnp.abs(marked) > 0, jnp.nan, total))
+        return jnp.where(jnp.abs(marked) > 0, jnp.nan, total)
 
     def dense(self) -> DenseScores:
         return self
-
-    def compact(self) -> DenseScores:
-        if self.layout is None:
-            return self
-        return dataclasses.replace(self, values=spread(self.values, self.layout.by_feature))
 
     def rescaled(self) -> tuple[DenseScores, Array]:
         size = self._max_abs("values")
@@ -286,8 +271,8 @@ class DenseScores(ScoreLeaf):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["inputs", "output_grads", "in_loss", "formed"],
-    meta_fields=["num_layer_axes", "view", "dtype", "layout", "input_group"],
+    data_fields=["inputs", "output_grads", "in_loss"],
+    meta_fields=["num_layer_axes", "view", "dtype", "input_group"],
 )
 @dataclasses.dataclass(frozen=True)
 class LayerFactors(ScoreLeaf):
@@ -305,10 +290,6 @@ class LayerFactors(ScoreLeaf):
       in_loss: (b, *layers, tokens...) bool, which tokens have a say in the subspaces of
         `project_intra`. Default: those with an output gradient. `sequence_scores` says it where
         several kernels share an input: the tokens with an output gradient in any of them.
-      layout: how dense scores are best spread over a mesh, as `sequence_scores` has found out.
-      formed: the dense scores, where `sequence_scores` has made them already: on a mesh, where that
-        costs less than pairs of tokens. It must be what the factors give: if you change these, as
-        by `dataclasses.replace`, give None for it.
       input_group: leaves of one tree of scores with the same number here have the same `inputs` and
         `in_loss`, so that `project_intra` need not find the same subspace twice. Default: None,
         nothing is known; give that if you change them.
@@ -320,8 +301,6 @@ class LayerFactors(ScoreLeaf):
     view: View = View()
     dtype: Any = None
     in_loss: Array | None = None
-    layout: Layout | None = None
-    formed: DenseScores | None = None
     input_group: int | None = None
     arrays = ("inputs", "output_grads")
 
@@ -370,9 +349,7 @@ class LayerFactors(ScoreLeaf):
         return self.batch_size * tokens**2 * (1 / d_in + 1 / d_out) + tokens > 64
 
     def compact(self) -> LayerFactors | DenseScores:
-        if not self.dense_costs_less:
-            return self
-        return self.dense().compact() if self.formed is None else self.formed
+        return self.dense() if self.dense_costs_less else self
 
     def gram(self) -> Array:
         x, d = self.tokens("inputs"), self.tokens("output_grads")
@@ -391,9 +368,7 @@ class LayerFactors(ScoreLeaf):
     def dense(self) -> DenseScores:
         x, d = self.tokens("inputs"), self.tokens("output_grads")
         values = jnp.moveaxis(contract("...bti,...bto->...bio", x, d), self.num_layer_axes, 0)
-        if self.layout is not None:
-            values = spread(spread(values, self.layout.by_sequence), self.layout.between)
-        return DenseScores(values, self.num_layer_axes, self.view, self.dtype, self.layout)
+        return DenseScores(values, self.num_layer_axes, self.view, self.dtype)
 
     def rescaled(self) -> tuple[LayerFactors, Array]:
         """As of any scores; inputs without an output gradient, which have no say, become zero."""
@@ -404,13 +379,12 @@ class LayerFactors(ScoreLeaf):
             self,
             inputs=counted._scale("inputs", divide(jnp.ones_like(x_size), x_size)),
             output_grads=self._scale("output_grads", divide(jnp.ones_like(d_size), d_size)),
-            formed=None,
         )
         return scaled, x_size * d_size
 
     def times(self, factor: Array) -> LayerFactors:
         scaled = self._scale("output_grads", factor)
-        return dataclasses.replace(self, output_grads=scaled, formed=None)
+        return dataclasses.replace(self, output_grads=scaled)
 
     def are_zero(self) -> Array:
         present = [jnp.any(getattr(self, name) != 0, axis=-1) for name in self.arrays]
@@ -430,7 +404,7 @@ def _gram_by_columns(scores: LookupFactors | SumScores) -> Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["indices", "output_grads"],
-    meta_fields=["num_embeddings", "num_layer_axes", "view", "dtype", "layout"],
+    meta_fields=["num_embeddings", "num_layer_axes", "view", "dtype"],
 )
 @dataclasses.dataclass(frozen=True)
 class LookupFactors(ScoreLeaf):
@@ -443,7 +417,6 @@ class LookupFactors(ScoreLeaf):
       num_layer_axes: how many leading axes after b count layers. Default 0: one layer.
       view: how the parameter leaf is read as (*layers, num_embeddings, d). Default: as it is.
       dtype: of the gradients made from the scores. Default: that of `output_grads`.
-      layout: how gradients are spread over a mesh, as `sequence_scores` has found out.
     """
 
     indices: Array
@@ -452,7 +425,6 @@ class LookupFactors(ScoreLeaf):
     num_layer_axes: int = 0
     view: View = View()
     dtype: Any = None
-    layout: Layout | None = None
     arrays = ("output_grads", "indices")
 
     def _one_layer_shape(self) -> tuple[int, ...]:
@@ -503,7 +475,6 @@ class SumScores(ScoreLeaf):
     parts: tuple[DenseScores | LayerFactors | LookupFactors, ...]
     num_layer_axes = 0
     view = View()
-    layout = None
 
     @property
     def dtype(self) -> Any:
@@ -567,59 +538,6 @@ def as_score_leaf(scores: Any) -> ScoreLeaf:
     return scores if isinstance(scores, ScoreLeaf) else DenseScores(scores)
 
 
-def with_layout(
-    scores: ScoreLeaf,
-    leaf: Array,
-    batch_axes: Sequence[str] = (),
-    spec: PartitionSpec | None = None,
-) -> ScoreLeaf:
-    """Scores that know how to be spread over the mesh of their parameter leaf.
-
-    Args:
-      scores: of the leaf.
-      leaf: the parameter leaf, or an array spread like it.
-      batch_axes: as in `layout_of`.
-      spec: as in `layout_of`.
-    """
-    if isinstance(scores, SumScores):
-        parts: Any = [with_layout(part, leaf, batch_axes, spec) for part in scores.parts]
-        return SumScores(tuple(parts))
-    if scores.layout is not None:
-        return scores
-    sequences = getattr(scores, scores.arrays[0])
-    layout = layout_of(leaf, sequences, scores.view.apply, scores.num_layer_axes, batch_axes, spec)
-    whole: Any = scores
-    return dataclasses.replace(whole, layout=layout)
-
-
-def exchanged(scores: ScoreLeaf) -> ScoreLeaf:
-    """Scores with the compact form made, and spread by its features, once for all that need it."""
-    if scores.layout is None or scores.layout.by_feature is None:
-        return scores
-    is_factored = isinstance(scores, LayerFactors) and scores.dense_costs_less
-    if not is_factored and not isinstance(scores, DenseScores):
-        return scores
-    whole: Any = scores
-    compact = automatic(lambda leaf: leaf.compact(), scores.layout.by_feature, whole)
-    return dataclasses.replace(whole, formed=compact) if is_factored else compact
-
-
-def known_spec(scores: ScoreLeaf | None) -> PartitionSpec | None:
-    """How a parameter leaf and its gradient are spread over a mesh, None if that is not known."""
-    first = scores.parts[0] if isinstance(scores, SumScores) else scores
-    return None if first is None or first.layout is None else first.layout.gradient
-
-
-def _gradient_spec(scores: ScoreLeaf) -> PartitionSpec:
-    """How the gradient of a leaf is spread over Explicit axes."""
-    spec = known_spec(scores)
-    if spec is not None:
-        return spec
-    if isinstance(scores, DenseScores) and scores.view == View():
-        return PartitionSpec(*spec_of(scores.values)[1:])
-    return PartitionSpec()
-
-
 def stacked_vectors(
     scores: Sequence[ScoreLeaf], kinds: Sequence[Any]
 ) -> list[tuple[list[int], ScoreLeaf]]:
@@ -662,6 +580,7 @@ def map_layers(fn: Callable[[ScoreLeaf, Array], Array], scores: ScoreLeaf, layer
       What `fn` returns, with the layer axes in front. One layer at a time, so that what `fn` makes
       of a layer's scores is never held for two layers.
     """
+    scores = scores.made
     if scores.num_layer_axes == 0:
         return fn(scores, layers)
     count = math.prod(scores.layer_shape)
@@ -673,174 +592,8 @@ def map_layers(fn: Callable[[ScoreLeaf, Array], Array], scores: ScoreLeaf, layer
     whole: Any = scores
 
     def one_layer(slices: tuple[dict[str, Array], Array]) -> Array:
-        one = dataclasses.replace(whole, **slices[0], num_layer_axes=0, view=View(), layout=None)
+        one = dataclasses.replace(whole, **slices[0], num_layer_axes=0, view=View())
         return fn(one, slices[1])
 
     result = jax.lax.map(one_layer, (fields, flatten_layers(layers)))
     return result.reshape(*scores.layer_shape, *result.shape[1:])
-
-
-def match_scores(updates: Any, scores: Any) -> list[tuple[str, Array, ScoreLeaf | None]]:
-    """Lines scores up with updates by leaf path.
-
-    Args:
-      updates: pytree of arrays; `optax.MaskedNode` means "not mine" and is passed over.
-      scores: pytree whose leaves are score leaves, (b, *leaf.shape) arrays, or None.
-
-    Returns:
-      (path, update, score leaf or None) for each leaf of `updates`, in the order of
-      `jax.tree.leaves`.
-
-    Raises:
-      ValueError: scores are missing, have no leaf at a path or one of another shape, disagree on b,
-        or hold a leaf that `updates` lacks; or something is not floating point. The message names
-        the leaf and both shapes.
-    """
-    if scores is None:
-        raise ValueError(
-            "scores is None: pass update(updates, state, params, scores=scores), from "
-            "proma_jax.sequence_scores. If you do, something around the transformation drops extra "
-            "arguments, as some of optax's wrappers do, and as `accumulate` does for its inner "
-            "optimizer: put it outside of that, by optax.chain (docs/optax.md)."
-        )
-    _check_no_pair(scores, updates)
-    by_path = dict(jax.tree_util.tree_leaves_with_path(scores, is_leaf=_stands_for_leaf))
-    update_leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_masked)
-    paths = {path for path, _ in update_leaves}
-    masked = {path for path, update in update_leaves if _is_masked(update)}
-    for path, leaf in by_path.items():
-        prefixes = (path[:i] for i in range(len(path)))
-        if leaf is not None and path not in paths and masked.isdisjoint(prefixes):
-            raise ValueError(
-                f"scores{_name(path)} has no counterpart in updates: both must come from one tree, "
-                "with a score leaf or None for every leaf, and no wrapper may change the tree of "
-                "updates alone, as optax.flatten does."
-            )
-    matched: list[tuple[str, Array, ScoreLeaf | None]] = []
-    batch_sizes: dict[int, str] = {}
-    for path, update in update_leaves:
-        if _is_masked(update):
-            continue
-        if not jnp.issubdtype(update.dtype, jnp.floating):
-            raise ValueError(
-                f"updates{_name(path)} is {update.dtype}, but gradients must be floating point: "
-                "leave the leaf out of the parameters, or mask it with optax.masked."
-            )
-        if path not in by_path:
-            raise ValueError(
-                f"scores has no leaf for updates{_name(path)} of shape {update.shape}: give its "
-                "scores, or None to leave it without projection."
-            )
-        leaf = by_path[path]
-        if leaf is None or _is_masked(leaf):
-            matched.append((_name(path), update, None))
-            continue
-        leaf = _checked(_name(path), update, leaf)
-        matched.append((_name(path), update, leaf))
-        batch_sizes.setdefault(leaf.batch_size, _name(path))
-    if len(batch_sizes) > 1:
-        sizes = ", ".join(f"{size} at scores{path}" for size, path in batch_sizes.items())
-        raise ValueError(f"scores disagree on the number of sequences b: {sizes}.")
-    return matched
-
-
-def _check_no_pair(scores: Any, like: Any = None) -> None:
-    """Raises a ValueError for all that `sequence_scores` returns in place of the scores."""
-    if not isinstance(scores, tuple) or len(scores) != 2 or isinstance(like, tuple):
-        return
-    first, second = (jax.tree.leaves(part, is_leaf=is_score_leaf) for part in scores)
-    has_scores = any(isinstance(leaf, ScoreLeaf) for leaf in second)
-    if has_scores and not any(isinstance(leaf, ScoreLeaf) for leaf in first):
-        raise ValueError(
-            "scores is a pair. sequence_scores(logprob_fn)(params, microbatch) returns "
-            "(logprobs, scores): give the second of the two."
-        )
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path)
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
-
-
-def _stands_for_leaf(x: Any) -> bool:
-    return is_score_leaf(x) or _is_masked(x)
-
-
-def _checked(path: str, update: Array, leaf: Any) -> ScoreLeaf:
-    if not isinstance(leaf, ScoreLeaf) and (
-        jnp.ndim(leaf) == 0 or jnp.shape(leaf)[1:] != update.shape
-    ):
-        raise ValueError(
-            f"scores{path} has shape {jnp.shape(leaf)}, but updates{path} has shape "
-            f"{update.shape}: dense scores must have its shape after a leading axis b."
-        )
-    leaf = as_score_leaf(leaf)
-    for part in leaf.parts if isinstance(leaf, SumScores) else (leaf,):
-        shapes = {name: getattr(part, name).shape for name in part.arrays}
-        if len({s if name == "indices" else s[:-1] for name, s in shapes.items()}) > 1:
-            raise ValueError(
-                f"scores{path} ({type(part).__name__}) has {shapes}: their axes must agree, "
-                "but for a last one of features."
-            )
-    if leaf.leaf_shape != update.shape:
-        raise ValueError(
-            f"scores{path} ({type(leaf).__name__}) are of a leaf of shape {leaf.leaf_shape}, but "
-            f"updates{path} has shape {update.shape}."
-        )
-    _check_floating(path, leaf)
-    return with_layout(leaf, update)
-
-
-def _check_floating(path: str, leaf: ScoreLeaf) -> None:
-    if not jnp.issubdtype(gradient_dtype(leaf), jnp.floating):
-        raise ValueError(f"scores{path} must be floating point, got {gradient_dtype(leaf)}.")
-
-
-def weighted_sum(scores: Any, coefficients: Array) -> Any:
-    """The loss gradient Σ_i c_i s_i.
-
-    Args:
-      scores: pytree of score leaves or (b, *leaf.shape) arrays, as from `sequence_scores`. None
-        stays None.
-      coefficients: (b,), c_i, the weight of sequence i in the loss gradient, e.g. −A_i / (response
-        tokens in the mini-batch). That of a sequence whose scores are zero, as one without response
-        tokens, has no say, even if it is NaN.
-
-    Returns:
-      A pytree shaped and typed like the parameters. The sums are taken in float32.
-
-    Raises:
-      ValueError: `coefficients` is not of shape (b,) or not real; a leaf is not floating point.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> scores = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}   # b = 2, w has 2 entries
-      >>> weighted_sum(scores, jnp.array([1.0, 10.0]))["w"].tolist()
-      [31.0, 42.0]
-    """
-    _check_no_pair(scores)
-    coefficients = jnp.asarray(coefficients)
-    if jnp.iscomplexobj(coefficients):
-        raise ValueError(f"coefficients is {coefficients.dtype}, but must be real.")
-
-    def one_leaf(path: Any, leaf: Any) -> Array | None:
-        if leaf is None:
-            return None
-        leaf = as_score_leaf(leaf)
-        _check_floating(_name(path), leaf)
-        if coefficients.shape != (leaf.batch_size,):
-            raise ValueError(
-                f"coefficients has shape {coefficients.shape}, but scores{_name(path)} "
-                f"are of {leaf.batch_size} sequences: give one coefficient per sequence."
-            )
-
-        def total(leaf: ScoreLeaf, coefficients: Array) -> Array:
-            total = leaf.view.invert(leaf.compact().weighted_sum(coefficients))
-            return total.astype(gradient_dtype(leaf))
-
-        return automatic(total, _gradient_spec(leaf), leaf, coefficients)
-
-    return jax.tree_util.tree_map_with_path(one_leaf, scores, is_leaf=is_score_leaf)

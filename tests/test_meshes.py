@@ -272,7 +272,7 @@ def test_a_lookup_told_how_to_be_spread_is_dense_and_right():
         params = {name: case.params[name] for name in ("table", "head")}
         of_all = jax.jit(jax.vmap(jax.grad(logprob_fn), (None, 0)))(params, case.tokens[0])
         _, scores = jax.jit(proma.sequence_scores(logprob_fn))(params, case.tokens[0])
-        assert isinstance(scores["table"], proma.DenseScores)
+        assert isinstance(scores["table"].made, proma.DenseScores)
         sums = proma.weighted_sum(scores, case.coefficients[0])
     expected = jax.tree.map(
         lambda x: np.tensordot(case.coefficients[0], np.float64(x), 1), jax.device_get(of_all)

@@ -8,7 +8,8 @@ import optax
 import pytest
 
 import proma_jax as proma
-from proma_jax.scores import contract, gradient_dtype, map_layers, match_scores
+from proma_jax.match import match_scores
+from proma_jax.scores import contract, gradient_dtype, map_layers
 from tests import oracles
 
 B = 3

@@ -48,14 +48,13 @@ from jax.sharding import PartitionSpec
 from proma_jax._mesh import batch_axes_of, specs_of_leaves, varying_like, without_batch_axes
 from proma_jax.capture import _jaxpr
 from proma_jax.capture.program import trace
+from proma_jax.match import weighted_sum
 from proma_jax.scores import (
     DenseScores,
     LayerFactors,
     ScoreLeaf,
-    exchanged,
-    weighted_sum,
-    with_layout,
 )
+from proma_jax.spread import exchanged, spread_scores
 
 Array = jax.Array
 
@@ -121,7 +120,7 @@ def sequence_scores(
             outputs, scores = jax.lax.map(of_one, microbatch)
 
         def on_mesh(leaf: Any, scores: ScoreLeaf, spec: PartitionSpec | None) -> ScoreLeaf:
-            return exchanged(with_layout(scores, leaf, batch_axes, spec))
+            return exchanged(spread_scores(scores, leaf, batch_axes, spec))
 
         return outputs, jax.tree.map(on_mesh, params, scores, specs)
 

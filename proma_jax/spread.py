@@ -1,0 +1,184 @@
+"""Scores of a parameter leaf that is spread over a mesh, or whose sequences are.
+
+The factors of a score are where its sequence is. To project, every pair of scores is multiplied,
+and each with G, which is spread like the parameter leaf: `SpreadScores` holds beside the factors
+the dense scores in parts, such that each device has the same part of every sequence's score. They
+are exchanged once, by `sequence_scores`, and used by `weighted_sum` and by accumulation.
+
+Example:
+  >>> import jax, jax.numpy as jnp
+  >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+  >>> from proma_jax.scores import DenseScores
+  >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+  >>> with jax.set_mesh(mesh):
+  ...     scores = DenseScores(jax.device_put(jnp.ones((2, 4)), NamedSharding(mesh, P("data"))))
+  ...     leaf = jax.device_put(jnp.ones(4), NamedSharding(mesh, P()))
+  ...     spread_scores(scores, leaf).layout.by_feature
+  PartitionSpec(None, 'data')
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from proma_jax._mesh import Layout, automatic, by_feature, layout_of, spec_of, spread
+from proma_jax.scores import DenseScores, LayerFactors, ScoreLeaf, View, gradient_dtype
+
+Array = jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["scores", "form"], meta_fields=["layout"]
+)
+@dataclasses.dataclass(frozen=True)
+class SpreadScores(ScoreLeaf):
+    """Scores that know how they are spread over a mesh.
+
+    Attributes:
+      scores: as they were made, each sequence's where the sequence is.
+      form: the dense form of factors, the same part of every sequence's on each device; None as
+        long as it has not been made, or if it does not pay.
+      layout: how they, the gradient and `form` are spread.
+    """
+
+    scores: ScoreLeaf
+    form: DenseScores | None
+    layout: Layout
+
+    @property
+    def num_layer_axes(self) -> int:  # type: ignore[override]
+        """How many leading axes after b count layers."""
+        return self.scores.num_layer_axes
+
+    @property
+    def view(self) -> View:  # type: ignore[override]
+        """How the parameter leaf is read in the scores' layout."""
+        return self.scores.view
+
+    @property
+    def dtype(self) -> Any:
+        """Of the gradients made from the scores."""
+        return gradient_dtype(self.scores)
+
+    @property
+    def batch_size(self) -> int:
+        """b, the number of sequences."""
+        return self.scores.batch_size
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """Sizes of the layer axes."""
+        return self.scores.layer_shape
+
+    @property
+    def leaf_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter leaf that the scores are of."""
+        return self.scores.leaf_shape
+
+    @property
+    def made(self) -> ScoreLeaf:
+        """The scores as they were made."""
+        return self.scores
+
+    @property
+    def _used(self) -> ScoreLeaf:
+        return self.scores if self.form is None else self.form
+
+    def _like_form(self, layers: Array) -> Array:
+        """An array of the scores' layout, spread like one of the dense scores."""
+        return by_feature(layers, self.layout) if isinstance(self._used, DenseScores) else layers
+
+    def gram(self) -> Array:
+        return self._used.gram()
+
+    def dots(self, layers: Array) -> Array:
+        return self._used.dots(self._like_form(layers))
+
+    def weighted_sum(self, weights: Array) -> Array:
+        return self._like_form(self._used.weighted_sum(weights))
+
+    def dense(self) -> DenseScores:
+        return self.scores.dense() if self.form is None else self.form
+
+    def compact(self) -> ScoreLeaf:
+        compact = self._used.compact()
+        if self.form is not None or not isinstance(compact, DenseScores):
+            return self
+        values = compact.values
+        for spec in (self.layout.by_sequence, self.layout.between, self.layout.by_feature):
+            values = spread(values, spec)
+        form = dataclasses.replace(compact, values=values)
+        if isinstance(self.scores, DenseScores):
+            return dataclasses.replace(self, scores=form)
+        return dataclasses.replace(self, form=form)
+
+    def rescaled(self) -> tuple[SpreadScores, Array]:
+        moderate, size = self._used.rescaled()
+        return dataclasses.replace(self, scores=moderate, form=None), size
+
+    def times(self, factor: Array) -> SpreadScores:
+        form = None if self.form is None else self.form.times(factor)
+        return dataclasses.replace(self, scores=self.scores.times(factor), form=form)
+
+    def are_zero(self) -> Array:
+        return self.scores.are_zero()
+
+
+def spread_scores(
+    scores: ScoreLeaf,
+    leaf: Array,
+    batch_axes: Sequence[str] = (),
+    spec: PartitionSpec | None = None,
+) -> ScoreLeaf:
+    """Scores that know how to be spread over the mesh of their parameter leaf, if there is one.
+
+    Args:
+      scores: of the leaf.
+      leaf: the parameter leaf, or an array spread like it.
+      batch_axes: as in `layout_of`.
+      spec: as in `layout_of`.
+    """
+    if isinstance(scores, SpreadScores):
+        return scores
+    layout = layout_of(
+        leaf, _sequences(scores), scores.view.apply, scores.num_layer_axes, batch_axes, spec
+    )
+    return scores if layout is None else SpreadScores(scores, None, layout)
+
+
+def _sequences(scores: ScoreLeaf) -> Array:
+    """An array of the scores whose first axis is the sequences."""
+    return jax.tree.leaves(scores)[0]
+
+
+def exchanged(scores: ScoreLeaf) -> ScoreLeaf:
+    """Scores with the form made, once for all that use it, in which a mesh has them projected."""
+    if not isinstance(scores, SpreadScores) or scores.layout.by_feature is None:
+        return scores
+    made, spec = scores.scores, scores.layout.by_feature
+    if isinstance(made, DenseScores):
+        dense = automatic(lambda scores: scores.compact().made, spec, scores)
+        return dataclasses.replace(scores, scores=dense)
+    if isinstance(made, LayerFactors) and made.dense_costs_less:
+        form = automatic(lambda scores: scores.compact().form, spec, scores)
+        return dataclasses.replace(scores, form=form)
+    return scores
+
+
+def gradient_spec(scores: ScoreLeaf | None) -> PartitionSpec | None:
+    """How a parameter leaf and its gradient are spread over a mesh, None if that is not known."""
+    return scores.layout.gradient if isinstance(scores, SpreadScores) else None
+
+
+def sum_spec(scores: ScoreLeaf) -> PartitionSpec:
+    """How a weighted sum of scores is to be spread over Explicit axes."""
+    spec = gradient_spec(scores)
+    if spec is None and isinstance(scores, DenseScores) and scores.view == View():
+        spec = PartitionSpec(*spec_of(scores.values)[1:])
+    return PartitionSpec() if spec is None else spec

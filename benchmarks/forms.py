@@ -18,7 +18,7 @@ import proma_jax as proma
 from benchmarks import measure
 from benchmarks.measure import terminal
 from experiments import records
-from proma_jax import projection
+from proma_jax.project import span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Command:
 
 def microbatch(total, scores, coefficients):
     """The accumulated gradient of one kernel after a microbatch."""
-    [found] = projection.combinations(
-        [scores], [total], [None], projection.Numbers(), coefficients=coefficients
+    [found] = span.combinations(
+        [scores], [total], [None], span.Numbers(), coefficients=coefficients
     )
     return total + scores.weighted_sum(coefficients - found.weights * found.size)
 

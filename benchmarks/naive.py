@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import proma_jax as proma
-from proma_jax.scores import is_score_leaf
+from proma_jax.scores.leaf import is_score_leaf
 
 _EPSILON = 1e-8
 _RIDGE = 1e-2

@@ -6,16 +6,12 @@ from proma_jax.capture import check_scores, describe_scores, sequence_scores
 from proma_jax.checkpoints import check_restorable
 from proma_jax.fused import GradientMetrics, accumulated_gradient
 from proma_jax.intra import ProjectIntraState, project_intra
-from proma_jax.match import weighted_sum
-from proma_jax.scores import (
-    DenseScores,
-    LayerFactors,
-    LookupFactors,
-    SumScores,
-    View,
-)
+from proma_jax.scores.leaf import View
+from proma_jax.scores.leaves import DenseScores, LayerFactors
+from proma_jax.scores.match import weighted_sum
+from proma_jax.scores.spread import SpreadScores
+from proma_jax.scores.tables import LookupFactors, SumScores
 from proma_jax.settings import Accumulation, Intra
-from proma_jax.spread import SpreadScores
 
 __all__ = [
     "AccumulateState",

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
+Spec = PartitionSpec | None
+"""How an array is spread over a mesh; None if that is not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +41,26 @@ class Layout:
     by_feature: PartitionSpec | None = None
 
 
-def automatic(fn: Callable[..., T], specs: Any, *arguments: Any) -> T:
+def automatic(fn: Callable[..., T], like: Any, *arguments: Any) -> T:
     """`fn(*arguments)`, computed as under Auto axes.
 
     Args:
       fn: of arrays that are all among its arguments, not in its closure.
-      specs: PartitionSpecs of the result under Explicit axes, a prefix of its structure.
+      like: how the result is spread over Explicit axes, a prefix of its structure: arrays that are
+        spread like it, or PartitionSpecs; None for what is whole on every device.
       *arguments: pytrees of arrays.
     """
     mesh = _mesh_with(AxisType.Explicit, arguments)
     if mesh is None:
         return fn(*arguments)
+
+    def is_spec(x: Any) -> bool:
+        return x is None or isinstance(x, PartitionSpec)
+
+    def spec(x: Any) -> PartitionSpec:
+        return (x or PartitionSpec()) if is_spec(x) else spec_of(x)
+
+    specs = jax.tree.map(spec, like, is_leaf=is_spec)
     axes = tuple(_axes_of(mesh, AxisType.Explicit))
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.sharding.auto_axes(fn, axes=axes, out_sharding=specs)(*arguments)
@@ -133,6 +144,11 @@ def spec_within(
         return None
 
 
+def rearranged(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`fn(x)`, which only rearranges; whole on every device where it mixes spread axes."""
+    return automatic(fn, spec_within(x, fn), x)
+
+
 def spread(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
     """An array spread over Auto axes by `spec`; as it is, if that is None or of other axes."""
     mesh = _mesh_with(AxisType.Auto, x)
@@ -156,7 +172,7 @@ def by_feature(layers: jax.Array, layout: Layout) -> jax.Array:
     """An array (*layers, ...) spread like one of a leaf's dense scores, as they are used."""
     if layout.by_feature is None:
         return layers
-    return spread(layers, PartitionSpec(*layout.by_feature[1:]))
+    return spread(layers, without_leading(layout.by_feature, 1))
 
 
 def specs_of_leaves(specs: Any, params: Any, sequences: Any) -> list[PartitionSpec | None]:
@@ -318,6 +334,11 @@ def _without(spec: Iterable[Any], names: Sequence[str]) -> list[Any]:
     """The entries of a PartitionSpec without some mesh axes."""
     kept = [tuple(name for name in axis_names(entry) if name not in names) for entry in spec]
     return [entry or None for entry in kept]
+
+
+def without_leading(spec: PartitionSpec, count: int) -> PartitionSpec:
+    """How an array is spread without its first axes."""
+    return PartitionSpec(*spec[count:])
 
 
 def axis_names(entry: Any) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 F = TypeVar("F", bound=Callable[..., Any])
 State = TypeVar("State")
@@ -70,3 +71,22 @@ def compiled(update: F, *numbers: Any) -> F:
         return as_one(*arguments) if are_arrays else update(*arguments)
 
     return call  # type: ignore[return-value]
+
+
+def check_shapes(updates: Any, acc_grads: Any) -> None:
+    """Raises a ValueError unless the state is of parameters shaped like the updates."""
+    expected = dict(jax.tree_util.tree_leaves_with_path(acc_grads))
+    given = dict(jax.tree_util.tree_leaves_with_path(updates))
+    for path in given | expected:
+        shapes = [leaves[path].shape if path in leaves else None for leaves in (given, expected)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"updates{jax.tree_util.keystr(path)} has shape {shapes[0]}, but the state is "
+                f"of parameters with shape {shapes[1]} there: init and update need one tree."
+            )
+
+
+def as_typed(new: ArrayLike, old: jax.Array) -> jax.Array:
+    """A new value in the type of the old one."""
+    new = jnp.asarray(new)
+    return new if new.dtype == old.dtype else new.astype(old.dtype)

@@ -40,17 +40,26 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
-from proma_jax import core, settings
-from proma_jax._mesh import automatic, mean, spec_of, spread, varying_like
-from proma_jax._states import check_state, compiled, on_devices_of, state_version
-from proma_jax.match import kinds, match_scores
-from proma_jax.projection import Solver
-from proma_jax.scores import AxisName, ScoreLeaf
+from proma_jax import settings
+from proma_jax._mesh import automatic, mean, varying_like
+from proma_jax._skipping import judge
+from proma_jax._states import (
+    as_typed,
+    check_shapes,
+    check_state,
+    compiled,
+    on_devices_of,
+    state_version,
+)
+from proma_jax.arithmetic import AxisName
+from proma_jax.project import core
+from proma_jax.project.span import Solver
+from proma_jax.scores.leaf import ScoreLeaf
+from proma_jax.scores.match import kinds, match_scores
+from proma_jax.scores.spread import like_parameter
 from proma_jax.settings import Accumulation, Mask, Number
-from proma_jax.spread import gradient_spec
 
 Sync = Literal["microbatch", "emit"]
 
@@ -184,7 +193,7 @@ def accumulate(
 
     def init_fn(params: Any) -> AccumulateState:
         gradient_step = jnp.zeros((), jnp.int32)
-        skip_state = _judge(should_skip_update_fn, params, [], gradient_step, params)[1]
+        skip_state = judge(should_skip_update_fn, params, [], gradient_step, params)[1]
         state = AccumulateState(
             mini_step=jnp.zeros((), jnp.int32),
             gradient_step=gradient_step,
@@ -243,7 +252,7 @@ def accumulate(
 
         summed, fraction = automatic(
             add,
-            ([spec_of(gradient) for gradient in accumulated], PartitionSpec()),
+            (accumulated, None),
             accumulated,
             jax.tree.leaves(updates),
             chosen,
@@ -251,11 +260,10 @@ def accumulate(
         )
 
         summed = [
-            spread(total, gradient_spec(leaf))
-            for total, (_, _, leaf) in zip(summed, matched, strict=True)
+            like_parameter(total, leaf) for total, (_, _, leaf) in zip(summed, matched, strict=True)
         ]
         of_leaves = [leaf for _, _, leaf in matched]
-        skip, skip_state = _judge(should_skip_update_fn, updates, of_leaves, step, params, together)
+        skip, skip_state = judge(should_skip_update_fn, updates, of_leaves, step, params, together)
         total = jax.tree.unflatten(
             jax.tree.structure(state.acc_grads),
             [jnp.where(skip, old, new) for old, new in zip(accumulated, summed, strict=True)],
@@ -272,7 +280,7 @@ def accumulate(
             emitted = inner.update(gradient, inner_state, params, **extra)
             if axis_name is None:
                 emitted = varying_like(emitted, (updates, scores))
-            return emitted[0], jax.tree.map(_as_typed, emitted[1], inner_state)
+            return emitted[0], jax.tree.map(as_typed, emitted[1], inner_state)
 
         def hold(total: Any, inner_state: Any) -> tuple[Any, Any]:
             shapes, _ = jax.eval_shape(emit, total, inner_state)
@@ -286,7 +294,7 @@ def accumulate(
             acc_grads=jax.tree.map(lambda x: jnp.where(emits, 0, x), total),
             accumulation_fraction=jnp.where(skip, 0, fraction),
             accepted=jnp.where(emits, 0, accepted),
-            skip_state=jax.tree.map(_as_typed, skip_state, state.skip_state),
+            skip_state=jax.tree.map(as_typed, skip_state, state.skip_state),
             version=state.version,
         )
 
@@ -302,7 +310,7 @@ def accumulate(
     ) -> tuple[Any, AccumulateState]:
         check_state(state, AccumulateState)
         updates = jax.tree.map(jnp.asarray, updates)
-        _check_shapes(updates, state.acc_grads)
+        check_shapes(updates, state.acc_grads)
         return take_as_one(updates, state, params, scores, extra)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -335,40 +343,3 @@ def has_updated(state: Any) -> jax.Array:
     if len(found) != 1:
         raise ValueError(f"state must hold one AccumulateState, but holds {len(found)}.")
     return (jnp.asarray(found[0].mini_step) == 0) & (jnp.asarray(found[0].gradient_step) > 0)
-
-
-def _check_shapes(updates: Any, acc_grads: Any) -> None:
-    """Raises a ValueError unless the state is of parameters shaped like the updates."""
-    expected = dict(jax.tree_util.tree_leaves_with_path(acc_grads))
-    given = dict(jax.tree_util.tree_leaves_with_path(updates))
-    for path in given | expected:
-        shapes = [leaves[path].shape if path in leaves else None for leaves in (given, expected)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"updates{jax.tree_util.keystr(path)} has shape {shapes[0]}, but the state is "
-                f"of parameters with shape {shapes[1]} there: init and update need one tree."
-            )
-
-
-def _as_typed(new: ArrayLike, old: jax.Array) -> jax.Array:
-    new = jnp.asarray(new)
-    return new if new.dtype == old.dtype else new.astype(old.dtype)
-
-
-def _judge(
-    should_skip_update_fn: optax.ShouldSkipUpdateFunction | None,
-    updates: Any,
-    scores: Any,
-    step: jax.Array,
-    params: Any,
-    axis_name: AxisName = None,
-) -> tuple[jax.Array, Any]:
-    """Whether to skip a microbatch, and what the user's function says beside that."""
-    if should_skip_update_fn is None:
-        return jnp.asarray(False), ()
-    skip, skip_state = should_skip_update_fn(updates, step, params)
-    finite = jnp.asarray([jnp.all(jnp.isfinite(array)) for array in jax.tree.leaves(scores)])
-    skip = skip | ~jnp.all(finite)
-    if axis_name is not None:
-        skip = jax.lax.pmax(skip.astype(jnp.int32), axis_name) > 0
-    return skip, skip_state

@@ -29,17 +29,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 
-from proma_jax import core, settings
-from proma_jax._mesh import automatic, mean, spec_of, spread
+from proma_jax import settings
+from proma_jax._mesh import automatic, mean
 from proma_jax._states import check_state, compiled, on_devices_of, state_version
-from proma_jax.dominant import random_starts
-from proma_jax.match import kinds, match_scores
-from proma_jax.scores import AxisName, LayerFactors
+from proma_jax.arithmetic import AxisName
+from proma_jax.project import core
+from proma_jax.project.dominant import random_starts
+from proma_jax.project.linalg import Orthonormalization
+from proma_jax.scores.leaves import LayerFactors
+from proma_jax.scores.match import kinds, match_scores
+from proma_jax.scores.spread import like_parameter
 from proma_jax.settings import Intra, Mask, Number
-from proma_jax.spread import gradient_spec
-from proma_jax.subspace import Orthonormalization
 
 
 class ProjectIntraState(NamedTuple):
@@ -83,7 +84,7 @@ def project_intra(
       power_iterations: of the subspace iteration, at least 1. Default: 2, with which the bases
         capture at least the energy ‖X Q‖² / ‖X‖² of the published scheme's 1.
       orthonormalization: "cholesky_qr" (default), "qr" or "svd"; as in
-        `subspace.orthonormal_basis`.
+        `project.linalg.orthonormal_basis`.
       mask: which leaves are projected, a pytree of bools or a function from the updates to one.
         Default: those with LayerFactors.
       key: of the random starts of the bases: a seed, or a key of `jax.random.key` or its raw data.
@@ -120,7 +121,7 @@ def project_intra(
     ) -> tuple[Any, ProjectIntraState]:
         matched = match_scores(updates, scores)
         projects = options.projects(kinds(matched), updates)
-        leaves = [spread(update, gradient_spec(leaf)) for _, update, leaf in matched]
+        leaves = [like_parameter(update, leaf) for _, update, leaf in matched]
         chosen = [
             (update, leaf.made)
             for update, (_, _, leaf), project in zip(leaves, matched, projects, strict=True)
@@ -158,17 +159,15 @@ def project_intra(
 
         others = [update for update, of_leaf in zip(leaves, projects, strict=True) if not of_leaf]
         factor = jnp.asarray(settings.at_step(shrinkage, state.step))
-        specs = [spec_of(update) for update, _ in chosen], PartitionSpec()
-        found, fraction = automatic(
-            remove, specs, chosen, others, state.rng_key, state.step, factor
-        )
+        like = [update for update, _ in chosen], None
+        found, fraction = automatic(remove, like, chosen, others, state.rng_key, state.step, factor)
         of_each = iter(found)
         projected = [
             next(of_each) if project else update
             for update, project in zip(leaves, projects, strict=True)
         ]
         projected = [
-            spread(update, gradient_spec(leaf))
+            like_parameter(update, leaf)
             for update, (_, _, leaf) in zip(projected, matched, strict=True)
         ]
         projected = mean(projected, axis_name)

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from proma_jax.projection import Numbers, Solver
-from proma_jax.scores import DenseScores, LayerFactors, ScoreLeaf
-from proma_jax.subspace import Orthonormalization
+from proma_jax.project.linalg import Orthonormalization
+from proma_jax.project.span import Numbers, Solver
+from proma_jax.scores.leaf import ScoreLeaf
+from proma_jax.scores.leaves import DenseScores, LayerFactors
 
 Number = ArrayLike | Callable[[jax.Array], ArrayLike]
 Mask = Any | Callable[[Any], Any]

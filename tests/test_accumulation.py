@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import proma_jax as proma
 from proma_jax.capture import _jaxpr
-from proma_jax.scores import is_score_leaf
+from proma_jax.scores.leaf import is_score_leaf
 from tests import models, oracles
 from tests.oracles import assert_close
 

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import proma_jax as proma
-from proma_jax.projection import Solver
-from proma_jax.subspace import Orthonormalization
+from proma_jax.project.linalg import Orthonormalization
+from proma_jax.project.span import Solver
 from tests.oracles import assert_close
 
 TOLERANCES = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-5, "float64": 1e-12}

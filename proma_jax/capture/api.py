@@ -34,27 +34,37 @@ Example:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 
-from proma_jax._mesh import batch_axes_of, specs_of_leaves, varying_like, without_batch_axes
-from proma_jax.capture import _jaxpr
-from proma_jax.capture.program import trace
-from proma_jax.match import weighted_sum
-from proma_jax.scores import (
-    DenseScores,
-    LayerFactors,
-    ScoreLeaf,
+from proma_jax._mesh import (
+    Spec,
+    batch_axes_of,
+    specs_of_leaves,
+    varying_like,
+    without_batch_axes,
 )
-from proma_jax.spread import exchanged, spread_scores
+from proma_jax.capture import _jaxpr
+from proma_jax.capture.checks import (
+    abstract,
+    check_function,
+    check_microbatch,
+    check_parameters,
+    differentiating,
+    for_one_sequence,
+    one_of,
+)
+from proma_jax.capture.program import trace
+from proma_jax.scores.leaf import ScoreLeaf
+from proma_jax.scores.leaves import DenseScores, LayerFactors
+from proma_jax.scores.match import weighted_sum
+from proma_jax.scores.spread import exchanged, spread_scores
 
 Array = jax.Array
 
@@ -119,14 +129,14 @@ def sequence_scores(
             warnings.warn(_ONE_BY_ONE.format(error), stacklevel=2)
             outputs, scores = jax.lax.map(of_one, microbatch)
 
-        def on_mesh(leaf: Any, scores: ScoreLeaf, spec: PartitionSpec | None) -> ScoreLeaf:
+        def on_mesh(leaf: Any, scores: ScoreLeaf, spec: Spec) -> ScoreLeaf:
             return exchanged(spread_scores(scores, leaf, batch_axes, spec))
 
         return outputs, jax.tree.map(on_mesh, params, scores, specs)
 
     def scores_fn(params: Any, microbatch: Any) -> tuple[Any, Any]:
         check_parameters(params)
-        _check_microbatch(microbatch)
+        check_microbatch(microbatch)
         with for_one_sequence(logprob_fn, params, microbatch):
             return of_all(jax.tree.map(jnp.asarray, params), microbatch)
 
@@ -164,10 +174,10 @@ def describe_scores(
       ValueError: as `sequence_scores`.
     """
     check_parameters(params)
-    _check_microbatch(microbatch)
-    params, microbatch = jax.tree.map(_abstract, (params, microbatch))
+    check_microbatch(microbatch)
+    params, microbatch = jax.tree.map(abstract, (params, microbatch))
     with for_one_sequence(logprob_fn, params, microbatch):
-        program = trace(logprob_fn, params, _one_of(microbatch), has_aux)
+        program = trace(logprob_fn, params, one_of(microbatch), has_aux)
     b = jax.tree.leaves(microbatch)[0].shape[0]
     rows = [("leaf", "shape", "scores", "projected by", "why")]
     unprojected = []
@@ -201,15 +211,6 @@ _UNPROJECTED = (
     "are not by default, be they embeddings, tied embeddings, or heads that are read by their "
     "targets."
 )
-
-
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-
-
-def _one_of(microbatch: Any) -> Any:
-    """A sequence of an abstract microbatch."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), microbatch)
 
 
 def check_scores(
@@ -285,111 +286,3 @@ def check_scores(
     if off:
         raise ValueError(f"scores differ from jax.grad by more than {rtol=}: {', '.join(off)}.")
     return errors
-
-
-def check_function(logprob_fn: Any) -> None:
-    """Raises a ValueError unless `logprob_fn` is a function."""
-    if not callable(logprob_fn):
-        raise ValueError(
-            f"logprob_fn={logprob_fn!r} must be a function (params, sequence) -> log-probability."
-        )
-
-
-def check_parameters(params: Any) -> None:
-    """Raises a ValueError unless every parameter is floating point."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        is_array = hasattr(leaf, "dtype") or isinstance(leaf, (float, int, complex))
-        kind = jnp.result_type(leaf) if is_array else type(leaf).__name__
-        if is_array and jnp.issubdtype(kind, jnp.floating):
-            continue
-        cure = "Pass it in the sequence or close over it."
-        if not hasattr(leaf, "dtype"):
-            cure = (
-                "Separate a module's parameters from the rest of it: "
-                "params, rest = eqx.partition(model, eqx.is_inexact_array), and in logprob_fn "
-                "eqx.combine(params, rest)."
-            )
-        elif jnp.issubdtype(kind, jax.dtypes.prng_key) or jnp.issubdtype(kind, jnp.unsignedinteger):
-            cure = (
-                "If it is the state of a random number generator, separate it from the parameters: "
-                "graphdef, params, rest = nnx.split(model, nnx.Param, ...), and in logprob_fn "
-                "nnx.merge(graphdef, params, rest, copy=True). A random key that each sequence "
-                "needs, as for dropout, travels in the sequence."
-            )
-        raise ValueError(
-            f"params{jax.tree_util.keystr(path)} is {kind}, but parameters must be floating point. "
-            f"{cure}"
-        )
-
-
-@contextlib.contextmanager
-def for_one_sequence(logprob_fn: Callable[..., Any], params: Any, many: Any) -> Iterator[None]:
-    """Says of what is raised if a microbatch is taken for one sequence, or one for a microbatch.
-
-    Args:
-      logprob_fn: the user's function.
-      params: its parameters.
-      many: sequences with a leading axis b.
-    """
-    try:
-        yield
-    except Exception as error:
-        params, many = jax.tree.map(_abstract, (params, many))
-        b = jax.tree.leaves(many)[0].shape[0]
-        try:
-            of_many = jax.eval_shape(logprob_fn, params, many)
-        except Exception:  # whatever is wrong with it, it is not that
-            raise error from None
-        values = of_many[0] if isinstance(of_many, tuple) else of_many
-        shape = getattr(values, "shape", None)
-        if shape == () and not _takes(logprob_fn, params, _one_of(many)):
-            raise ValueError(
-                "logprob_fn takes the microbatch whole, but not a part of it without the leading "
-                "axis. If the microbatch is one sequence, give it that axis: jax.tree.map(lambda "
-                "x: x[None], sequence). If logprob_fn is written for a batch, write it for one "
-                "sequence."
-            ) from error
-        if shape != (b,):
-            raise
-        raise ValueError(
-            f"logprob_fn is written for a batch: of {b} sequences it makes ({b},) "
-            "log-probabilities, but it is called with one sequence, without the axis b, and must "
-            "return one number. A function for a batch of one will do: lambda params, sequence: "
-            "logprob_fn(params, jax.tree.map(lambda x: x[None], sequence))[0]."
-        ) from error
-
-
-def _takes(logprob_fn: Callable[..., Any], *arguments: Any) -> bool:
-    try:
-        jax.eval_shape(logprob_fn, *arguments)
-    except Exception:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def differentiating() -> Iterator[None]:
-    """Says where what JAX raises comes from, as where a program has no gradient."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(
-            "Raised while logprob_fn was differentiated in reverse mode, as by jax.grad, and "
-            "mapped over the sequences, as by jax.vmap."
-        )
-        raise
-
-
-def _check_microbatch(microbatch: Any) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(microbatch)
-    if not leaves:
-        raise ValueError(
-            "microbatch has no arrays: every leaf must have a leading axis of b sequences."
-        )
-    shapes = [(jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in leaves]
-    for name, shape in shapes:
-        if not shape or shape[0] != (shapes[0][1] or (None,))[0]:
-            raise ValueError(
-                f"microbatch{name} has shape {shape}, but microbatch{shapes[0][0]} has shape "
-                f"{shapes[0][1]}: every leaf must have the same leading axis of b sequences."
-            )

@@ -20,17 +20,13 @@ from jax.extend import core
 
 from proma_jax._mesh import has_several_devices, varying_like
 from proma_jax.capture import _jaxpr, _operations, taps
-from proma_jax.capture.factors import Assembly, Reported, assemble
-from proma_jax.capture.layout import CannotArrange, Layout, accesses, arrange, layers_of_dense
+from proma_jax.capture.access import accesses
+from proma_jax.capture.factors import Assembly, Reported, assemble, groups, score_leaf
+from proma_jax.capture.layout import CannotArrange, Layout, arrange, layers_of_dense
 from proma_jax.capture.search import Path, Search, Source
-from proma_jax.scores import (
-    DenseScores,
-    LayerFactors,
-    LookupFactors,
-    ScoreLeaf,
-    SumScores,
-    View,
-)
+from proma_jax.scores.leaf import ScoreLeaf, View
+from proma_jax.scores.leaves import DenseScores, LayerFactors
+from proma_jax.scores.tables import LookupFactors, SumScores
 
 Array = jax.Array
 Visit = Callable[[Path, Array, dict[Path, Any]], tuple[Array, dict[Path, Any]]]
@@ -96,12 +92,6 @@ class Program:
         self.hides_convolution = not all(_operations.is_convolution(e) for _, e in convolutions)
         special = [*self.uses, *(path for path, _ in convolutions)]
         self._scopes = {path[:i] for path in special for i in range(len(path))}
-        keys: dict[Any, int] = {}
-        self._input_groups = {
-            assembly.inputs_key: keys.setdefault(assembly.inputs_key, len(keys))
-            for of_leaf in self.parts.values()
-            for _, assembly in of_leaf
-        }
 
     def _where_met(self, group: Path) -> Source:
         """The innermost variable that all uses of a group go back to, outside of further scans.
@@ -234,25 +224,14 @@ class Program:
     ) -> list[ScoreLeaf]:
         """One sequence's scores of some leaves that are not dense, from what their uses report."""
         chosen = [part for leaf in leaves for part in self.parts[leaf]]
-        of_parts = iter(assemble([assembly for _, assembly in chosen], reported))
+        assemblies = [assembly for _, assembly in chosen]
+        of_parts = zip(assemblies, assemble(assemblies, reported), groups(assemblies), strict=True)
         scores: list[ScoreLeaf] = []
         for leaf, dtype in zip(leaves, dtypes, strict=True):
-            of_leaf: list[Any] = []
-            for layout, assembly in self.parts[leaf]:
-                data, grads, in_loss = next(of_parts)
-                common = {
-                    "num_layer_axes": len(layout.layers),
-                    "view": layout.view(self.shapes[leaf]),
-                    "dtype": dtype,
-                }
-                if assembly.is_lookup:
-                    rows = assembly.matrix_shape[0]
-                    of_leaf.append(LookupFactors(data, grads, rows, **common))
-                    continue
-                group = self._input_groups[assembly.inputs_key]
-                of_leaf.append(
-                    LayerFactors(data, grads, in_loss=in_loss, input_group=group, **common)
-                )
+            of_leaf = [
+                score_leaf(*next(of_parts), view=layout.view(self.shapes[leaf]), dtype=dtype)
+                for layout, _ in self.parts[leaf]
+            ]
             scores.append(of_leaf[0] if len(of_leaf) == 1 else SumScores(tuple(of_leaf)))
         return scores
 

@@ -24,7 +24,7 @@ from proma_jax import (
 )
 from proma_jax.capture import _jaxpr, _moves, _operations
 from proma_jax.capture.factors import Assembly
-from proma_jax.scores import is_score_leaf
+from proma_jax.scores.leaf import is_score_leaf
 from tests.models import BATCH, LAYERS, MODELS, TOKENS, WIDTH, Model, kernels, twins
 
 COEFFICIENTS = np.array([1.0, -2.0, 3.0, -0.5])

@@ -8,13 +8,13 @@ are exchanged once, by `sequence_scores`, and used by `weighted_sum` and by accu
 Example:
   >>> import jax, jax.numpy as jnp
   >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-  >>> from proma_jax.scores import DenseScores
+  >>> from proma_jax.scores.leaves import DenseScores
   >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
   >>> with jax.set_mesh(mesh):
   ...     scores = DenseScores(jax.device_put(jnp.ones((2, 4)), NamedSharding(mesh, P("data"))))
   ...     leaf = jax.device_put(jnp.ones(4), NamedSharding(mesh, P()))
-  ...     spread_scores(scores, leaf).layout.by_feature
-  PartitionSpec(None, 'data')
+  ...     spread_scores(scores, leaf).layout.by_feature == P(None, "data")
+  True
 """
 
 from __future__ import annotations
@@ -25,10 +25,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 
-from proma_jax._mesh import Layout, automatic, by_feature, layout_of, spec_of, spread
-from proma_jax.scores import DenseScores, LayerFactors, ScoreLeaf, View, gradient_dtype
+from proma_jax._mesh import (
+    Layout,
+    Spec,
+    automatic,
+    by_feature,
+    layout_of,
+    spec_of,
+    spread,
+    without_leading,
+)
+from proma_jax.scores.leaf import ScoreLeaf, View, gradient_dtype
+from proma_jax.scores.leaves import DenseScores, LayerFactors
 
 Array = jax.Array
 
@@ -134,7 +143,7 @@ def spread_scores(
     scores: ScoreLeaf,
     leaf: Array,
     batch_axes: Sequence[str] = (),
-    spec: PartitionSpec | None = None,
+    spec: Spec = None,
 ) -> ScoreLeaf:
     """Scores that know how to be spread over the mesh of their parameter leaf, if there is one.
 
@@ -171,14 +180,15 @@ def exchanged(scores: ScoreLeaf) -> ScoreLeaf:
     return scores
 
 
-def gradient_spec(scores: ScoreLeaf | None) -> PartitionSpec | None:
-    """How a parameter leaf and its gradient are spread over a mesh, None if that is not known."""
-    return scores.layout.gradient if isinstance(scores, SpreadScores) else None
+def like_parameter(x: Array, scores: ScoreLeaf | None) -> Array:
+    """A gradient spread over Auto axes like its parameter leaf, as far as the scores know how."""
+    return spread(x, scores.layout.gradient) if isinstance(scores, SpreadScores) else x
 
 
-def sum_spec(scores: ScoreLeaf) -> PartitionSpec:
+def sum_spec(scores: ScoreLeaf) -> Spec:
     """How a weighted sum of scores is to be spread over Explicit axes."""
-    spec = gradient_spec(scores)
-    if spec is None and isinstance(scores, DenseScores) and scores.view == View():
-        spec = PartitionSpec(*spec_of(scores.values)[1:])
-    return PartitionSpec() if spec is None else spec
+    if isinstance(scores, SpreadScores):
+        return scores.layout.gradient
+    if isinstance(scores, DenseScores) and scores.view == View():
+        return without_leading(spec_of(scores.values), 1)
+    return None

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proma_jax.projection import Numbers, combinations, layer_norms, removed_exactly
-from proma_jax.scores import DenseScores, LayerFactors, LookupFactors, SumScores
+from proma_jax.arithmetic import layer_norms
+from proma_jax.project.span import Numbers, combinations, removed_exactly
+from proma_jax.scores.leaves import DenseScores, LayerFactors
+from proma_jax.scores.tables import LookupFactors, SumScores
 from tests import oracles
 
 pytestmark = pytest.mark.any_version

@@ -8,8 +8,9 @@ import optax
 import pytest
 
 import proma_jax as proma
-from proma_jax.match import match_scores
-from proma_jax.scores import contract, gradient_dtype, map_layers
+from proma_jax.arithmetic import contract
+from proma_jax.scores.leaf import gradient_dtype, map_layers
+from proma_jax.scores.match import match_scores
 from tests import oracles
 
 B = 3

@@ -3,7 +3,7 @@
 With g_m a leaf's gradient of the microbatch and G what was accumulated before it,
 
     common  = shrinkage · Q_x (Q_xᵀ g_m Q_d) Q_dᵀ    the intra variant, see dominant.py
-    removed = shrinkage · P_S(G)                     the accumulation variant, see projection.py
+    removed = shrinkage · P_S(G)                     the accumulation variant, see span.py
     G ← G + (g_m − common − removed)
 
 `parts` returns what is added to G, and the norms of which the metrics are made. Both
@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from proma_jax.dominant import Starts, common_parts
-from proma_jax.projection import Numbers, combinations, layer_norms, removed_exactly
-from proma_jax.scores import AxisName, LayerFactors, ScoreLeaf, divide, wide
+from proma_jax.arithmetic import AxisName, divide, layer_norms, wide
+from proma_jax.project.dominant import Starts, common_parts
+from proma_jax.project.span import Numbers, combinations, removed_exactly
+from proma_jax.scores.leaf import ScoreLeaf
+from proma_jax.scores.leaves import LayerFactors
 from proma_jax.settings import Accumulation, Intra
 
 Array = jax.Array

@@ -10,12 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from proma_jax.subspace import (
-    _inverse,
-    dominant_directions,
-    orthonormal_basis,
-    random_start,
-)
+from proma_jax.project.linalg import _inverse, dominant_directions, orthonormal_basis, random_start
 from tests import oracles
 
 pytestmark = pytest.mark.any_version

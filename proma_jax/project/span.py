@@ -15,7 +15,7 @@ gradient makes that layer's result NaN: it is never hidden, and reaches no decom
 
 Example:
   >>> import jax.numpy as jnp
-  >>> from proma_jax.scores import DenseScores
+  >>> from proma_jax.scores.leaves import DenseScores
   >>> scores = DenseScores(jnp.array([[2.0, 0.0, 0.0], [2.0, 0.0, 0.0]]))   # b = 2 equal scores
   >>> total, own_length = jnp.array([3.0, 4.0, 5.0]), jnp.ones(())
   >>> removed, length = removed_exactly(scores, total, own_length, Numbers(), solver="qr")
@@ -35,17 +35,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from proma_jax.scores import (
-    AxisName,
-    DenseScores,
-    ScoreLeaf,
-    contract,
-    divide,
-    map_layers,
-    wide,
-    wide_dtype,
-)
-from proma_jax.subspace import orthonormal_basis
+from proma_jax.arithmetic import AxisName, contract, divide, layer_norms, sqrt, wide, wide_dtype
+from proma_jax.project.linalg import orthonormal_basis
+from proma_jax.scores.leaf import ScoreLeaf, map_layers
+from proma_jax.scores.leaves import DenseScores
 
 Array = jax.Array
 Solver = Literal["ridge", "qr", "svd"]
@@ -201,7 +194,7 @@ class UnitProducts(NamedTuple):
         size = jnp.max(jnp.abs(weights), axis=-1, keepdims=True, initial=0)
         moderate = divide(weights, size)
         squares = contract("...i,...ij,...j->...", moderate, self.gram, moderate)
-        return size[..., 0] * _sqrt(jnp.where(squares < 0, 0, squares))
+        return size[..., 0] * sqrt(jnp.where(squares < 0, 0, squares))
 
 
 def unit_products(scores: ScoreLeaf, layers: Array, axis_name: AxisName = None) -> UnitProducts:
@@ -232,13 +225,13 @@ def unit_products(scores: ScoreLeaf, layers: Array, axis_name: AxisName = None) 
 
     def looked_at() -> tuple[Array, ...]:
         """Products of zero scores, or with a G of zero, are right as they are."""
-        largest = _sqrt(squares) * _size(layers, scores.num_layer_axes)[..., None]
+        largest = sqrt(squares) * _size(layers, scores.num_layer_axes)[..., None]
         are_right = are_moderate & (largest > 1e-18) & (largest < 1e18)
         are_right |= jnp.moveaxis(scores.are_zero(), 0, -1)
         return jax.lax.cond(jnp.all(are_right), as_they_are, rescaled)
 
     gram, dots, sizes, size = jax.lax.cond(jnp.all(are_moderate & dots_are), as_they_are, looked_at)
-    norms = _sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
+    norms = sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
     to_unit = _to_unit(norms)
     unit_gram = gram * to_unit[..., :, None] * to_unit[..., None, :]
     return UnitProducts(unit_gram, dots * to_unit, norms * sizes, size)
@@ -297,21 +290,6 @@ def _scaling(lengths: Array, own_lengths: Array, numbers: Numbers) -> Array:
         too_long = lengths > limits
         bounding = jnp.where(too_long, limits / jnp.where(too_long, lengths, 1), 1)
     return jnp.asarray(numbers.shrinkage, bounding.dtype) * bounding
-
-
-def layer_norms(layers: Array, num_layer_axes: int = 0) -> Array:
-    """Frobenius norms over all but the leading layer axes, free of overflow and underflow."""
-    layers = wide(layers)
-    axes = tuple(range(num_layer_axes, layers.ndim))
-    size = jnp.max(jnp.abs(layers), axis=axes, keepdims=True, initial=0)
-    moderate = divide(layers, size)
-    return jnp.squeeze(size, axes) * _sqrt(jnp.sum(moderate**2, axis=axes))
-
-
-def _sqrt(x: Array) -> Array:
-    """The square root, with gradient 0 at 0."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0 * x)
 
 
 def _solve_damped(gram: Array, dots: Array, ridge: ArrayLike) -> Array:

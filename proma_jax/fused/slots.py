@@ -1,0 +1,173 @@
+"""Which node adds what to which layers of a parameter leaf's total.
+
+A leaf is made by nodes, in the backward pass, if each of its layers is used at one node only, or if
+it is not projected and may be summed up; else late, from its scores after the backward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proma_jax.capture.factors import Assembly
+from proma_jax.capture.layout import Layout, Placement, place
+from proma_jax.capture.pieces import ABSENT
+from proma_jax.capture.program import Program
+from proma_jax.capture.search import Path
+from proma_jax.scores.leaf import View
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """What is done with one parameter leaf.
+
+    Attributes:
+      accumulates: whether the accumulation variant projects it.
+      intra: whether the intra variant does.
+      view: how the leaf is read in the layout of its total, which is that of its scores.
+    """
+
+    accumulates: bool
+    intra: bool
+    view: View
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slot:
+    """What a node adds to one leaf's total.
+
+    Attributes:
+      leaf: its number.
+      layers: (scans around the node..., layers), which layers of the total the node sees in which
+        iteration; None if the total goes whole to several nodes, whose parts are summed.
+      assembly: of the factors of these layers.
+      view: how the layers that the node sees are read in the layout of the scores.
+    """
+
+    leaf: int
+    layers: np.ndarray | None
+    assembly: Assembly
+    view: View
+
+    def of_total(self, total: Array) -> Array:
+        """The layers of a total, (scans..., *layers, d_in, d_out), one for each iteration."""
+        if self.layers is None:
+            return total
+        shape = (*self.layers.shape[:-1], *self.assembly.layer_shape, *self.assembly.matrix_shape)
+        layers = total.reshape(-1, *self.assembly.matrix_shape)
+        is_whole = np.array_equal(self.layers.ravel(), np.arange(layers.shape[0]))
+        return (layers if is_whole else layers[self.layers.ravel()]).reshape(shape)
+
+
+def slots_of(program: Program, leaf: int, is_projected: bool) -> list[tuple[Path, Slot]] | None:
+    """The nodes that make a leaf and what each adds; None if it is late."""
+    parts = program.parts[leaf]
+    by_group: list[tuple[Path, Any, list[Placement]]] = []
+    for layout, assembly in parts:
+        groups: dict[Path, list[Placement]] = {}
+        for placement in assembly.placements:
+            group = program.first[placement.access.use.path]
+            groups.setdefault(group, []).append(placement)
+        by_group += [(group, layout, placements) for group, placements in groups.items()]
+    if len(parts) == 1:
+        slots = [
+            (group, slot_of(leaf, placements, layout)) for group, layout, placements in by_group
+        ]
+        seen = [slot.layers.ravel() for _, slot in slots if slot and slot.layers is not None]
+        each_once = len(np.unique(np.concatenate([*seen, []]))) == sum(map(len, seen))
+        if len(seen) == len(slots) and each_once:
+            return [(group, slot) for group, slot in slots if slot]
+    in_scans = any(p.access.use.scans for _, _, placements in by_group for p in placements)
+    if is_projected or in_scans:
+        return None
+    shape = program.shapes[leaf]
+    return [
+        (
+            group,
+            Slot(
+                leaf,
+                None,
+                Assembly(placements, layout.layer_shape, layout.matrix_shape),
+                layout.view(shape),
+            ),
+        )
+        for group, layout, placements in by_group
+    ]
+
+
+def with_shared_inputs(program: Program, leaves: set[int]) -> set[int]:
+    """Some leaves, and those that share an input with one of them, and so on."""
+    together = [
+        {
+            piece.leaf
+            for path in members
+            for piece in program.uses[path].pieces
+            if piece.leaf in program.parts
+        }
+        for members in program.members.values()
+    ]
+    while True:
+        more = leaves.union(*(group for group in together if group & leaves))
+        if more == leaves:
+            return leaves
+        leaves = more
+
+
+def slot_of(leaf: int, placements: Sequence[Placement], layout: Layout) -> Slot | None:
+    """The layers of a leaf that a node sees, None if they differ from iteration to iteration."""
+    depth = placements[0].access.use.num_source_scans
+    of_each = []
+    for placement in placements:
+        if placement.entry_scans[:depth] != tuple(range(depth)):
+            return None
+        of_each.append(placement.layers.reshape(*placement.access.use.scans[:depth], -1))
+    seen = np.concatenate(of_each, axis=-1)
+    rows = seen.reshape(-1, seen.shape[-1])
+    present = rows != ABSENT
+    if np.any(present != present[0]):
+        return None
+    rows = rows[:, present[0]]
+    moved = rows[:, :1] - rows[:1, :1]
+    if np.any(rows - moved != rows[:1]):
+        return None
+    first = np.unique(rows[0])
+    in_node = [_in_node(placement, layout, depth, first) for placement in placements]
+    layer_shape = (len(first),) if len(first) > 1 else ()
+    assembly = Assembly(in_node, layer_shape, layout.matrix_shape)
+    return Slot(leaf, (first + moved).reshape(*seen.shape[:-1], -1), assembly, View())
+
+
+def _in_node(placement: Placement, layout: Layout, depth: int, layers: np.ndarray) -> Placement:
+    """A placement as it is inside of the outermost scans, in an order of the layers there."""
+    access = placement.access
+    sources = tuple(s._replace(num_scans=s.num_scans - depth) for s in access.use.sources)
+    use = dataclasses.replace(access.use, scans=access.use.scans[depth:], sources=sources)
+    piece = dataclasses.replace(access.piece, offsets=access.piece.offsets[(0,) * depth])
+    inside = place(dataclasses.replace(access, use=use, piece=piece), layout)
+    numbers = np.where(inside.layers == ABSENT, ABSENT, np.searchsorted(layers, inside.layers))
+    return dataclasses.replace(inside, layers=numbers)
+
+
+def together(of_nodes: Sequence[tuple[Slot, Array]], total: Array) -> Array:
+    """What all nodes add to one leaf's total."""
+    slots, parts = zip(*of_nodes, strict=True)
+    if slots[0].layers is None:
+        return functools.reduce(jnp.add, parts)
+    layers = [part.reshape(-1, *total.shape[-2:]) for part in parts]
+    joined = layers[0] if len(layers) == 1 else jnp.concatenate(layers)
+    num_layers = math.prod(total.shape[:-2])
+    place_of = np.full(num_layers, len(joined))
+    place_of[np.concatenate([slot.layers.ravel() for slot in slots])] = np.arange(len(joined))
+    if len(joined) < num_layers:
+        joined = jnp.concatenate([joined, jnp.zeros_like(joined[:1])])
+    in_order = np.array_equal(place_of, np.arange(num_layers))
+    return (joined if in_order else joined[place_of]).reshape(total.shape)

@@ -1,0 +1,1 @@
+"""What PROMA removes from gradients: pure arithmetic on scores, for one microbatch."""

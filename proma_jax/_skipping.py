@@ -1,4 +1,8 @@
-"""Which microbatches `accumulate` skips, as `optax.MultiSteps` does."""
+"""Which microbatches `accumulate` skips: those that the user's function or their scores rule out.
+
+The function is one that `optax.MultiSteps` takes, such as `optax.skip_not_finite`. It sees updates
+only, so scores with NaN or infinity are looked for here.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,6 @@ import jax.numpy as jnp
 import optax
 
 from proma_jax.arithmetic import AxisName
-
-Array = jax.Array
 
 
 def judge(

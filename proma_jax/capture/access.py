@@ -1,4 +1,8 @@
-"""What one use of parameters reads of one leaf, and along which axes of a flattened leaf."""
+"""What one use of a parameter leaf reads of it.
+
+An entry of a leaf is its number in the flattened leaf; a `Digit` is the part of that number that
+one axis of the leaf, or a part of an axis, stands for.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,11 @@ import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from proma_jax.capture import _operations
 from proma_jax.capture.pieces import Piece
 from proma_jax.capture.search import Use
-
-Array = jax.Array
 
 
 class Digit(NamedTuple):

@@ -2,12 +2,12 @@
 
 The projections need three operations of a parameter leaf's scores s_1..s_b: their inner products
 (`gram`), their inner products with a gradient (`dots`) and their linear combinations
-(`weighted_sum`). Every class here offers these, so the transformations never ask what they hold:
+(`weighted_sum`). Every class offers these, so the transformations never ask what they hold:
 
 * `DenseScores`: the scores themselves;
 * `LayerFactors`: s_i = X_iᵀ D_i, the inputs and output gradients of the matmuls that use a kernel;
-* `LookupFactors`: the token indices and output gradients of an embedding lookup;
-* `SumScores`: a sum of these, as for a tied embedding.
+* `LookupFactors`: the token indices and output gradients of an embedding lookup (tables.py);
+* `SumScores`: a sum of these, as for a tied embedding (tables.py).
 
 Example:
   >>> import jax.numpy as jnp

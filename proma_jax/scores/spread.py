@@ -136,7 +136,7 @@ class SpreadScores(ScoreLeaf):
         return dataclasses.replace(self, scores=self.scores.times(factor), form=form)
 
     def are_zero(self) -> Array:
-        return self.scores.are_zero()
+        return self._used.are_zero()
 
 
 def spread_scores(

@@ -22,6 +22,9 @@ if jaxlib_version < (0, 11):  # a later one aborts at this flag
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Threads for what eight devices run at once: with as few as devices, collectives that wait for one
+# another in different orders take them all, and XLA aborts after 40 seconds.
+os.environ.setdefault("NPROC", "64")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS])
 
 settings.register_profile("proma_jax", derandomize=True, deadline=None, max_examples=25)

@@ -192,7 +192,7 @@ def assert_spread_like(tree, like):
 @pytest.mark.parametrize(
     ("name", "by_both", "by_one", "share"),
     [
-        ("data", 2, 1.55, 0.15),
+        ("data", 2, 1.55, 0.1),
         ("fsdp", 1.5, 1.2, 0.05),
         ("tensor", 1.35, 1.01, 0.35),
         ("hybrid", 1.75, 1.2, 0.1),

@@ -62,7 +62,7 @@ def test_two_processes_agree_with_one(tmp_path):
         port = free.getsockname()[1]
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        # JAX 0.9.1 may order the collectives of a program from the cache in each process otherwise.
+        # With a program from the cache JAX 0.9.1 may run collectives in another order per process.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
     processes = [

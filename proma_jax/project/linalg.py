@@ -90,8 +90,9 @@ def dominant_directions(
     By subspace iteration; `orthonormal_basis` makes bases of them. It starts from directions in
     the space of features, so neither the order of the rows nor zero rows among them change it.
 
-    The matrices share nothing but the program of the small factorisations: of 12 unrolled layers
-    it is a third of the size then, and compiles in three quarters of the time.
+    The matrices do not influence one another. They are taken together so that the program holds
+    the small factorisations once: for a model of 12 unrolled layers it is then a third of the size,
+    and compiles in three quarters of the time.
 
     Args:
       matrices: each X, (*layers, n, d); n may differ.

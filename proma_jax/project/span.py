@@ -76,7 +76,7 @@ class Combination(NamedTuple):
     lengths: Array
 
     def removed(self, scores: ScoreLeaf, axis_name: AxisName = None) -> Array:
-        """What is removed, in the scores' layout; with all devices' scores along mapped axes."""
+        """What is removed, in the scores' layout: with `axis_name` the sum over all devices."""
         part = scores.weighted_sum(self.weights)
         if axis_name is not None:
             part = jax.lax.psum(part, axis_name)
@@ -95,7 +95,7 @@ def combinations(
     """What the solver "ridge" removes from some leaves, by one factorisation for all of them.
 
     Args:
-      scores: of each leaf; with `axis_name` dense.
+      scores: of each leaf.
       totals: G of each, in the scores' layout.
       own_lengths: (*layers,) of each, ‖g_m‖, to which the bound refers; None if g_m is Σ c_i s_i.
       numbers: of the microbatch.
@@ -112,7 +112,7 @@ def combinations(
     products = [of_leaf(*pair) for pair in zip(scores, totals, strict=True)]
 
     def own_length(length: Array | None, found: UnitProducts) -> Array:
-        """Over G's size."""
+        """‖g_m‖ over the size of G."""
         if length is not None:
             return length.reshape(-1) / found.size
         assert coefficients is not None

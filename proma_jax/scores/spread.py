@@ -167,7 +167,7 @@ def _sequences(scores: ScoreLeaf) -> Array:
 
 
 def exchanged(scores: ScoreLeaf) -> ScoreLeaf:
-    """Scores with the form made, once for all that use it, in which a mesh has them projected."""
+    """Scores whose dense form is made and exchanged now, if it pays: all that use it share it."""
     if not isinstance(scores, SpreadScores) or scores.layout.by_feature is None:
         return scores
     made, spec = scores.scores, scores.layout.by_feature

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from proma_jax.arithmetic import AxisName, wide
+
 T = TypeVar("T")
 Spec = PartitionSpec | None
 """How an array is spread over a mesh; None if that is not known."""
@@ -35,10 +37,10 @@ class Layout:
       by_feature: its dense scores as they are used, the same part of all; None likewise.
     """
 
-    gradient: PartitionSpec | None
-    by_sequence: PartitionSpec | None = None
-    between: PartitionSpec | None = None
-    by_feature: PartitionSpec | None = None
+    gradient: Spec
+    by_sequence: Spec = None
+    between: Spec = None
+    by_feature: Spec = None
 
 
 def automatic(fn: Callable[..., T], like: Any, *arguments: Any) -> T:
@@ -54,13 +56,10 @@ def automatic(fn: Callable[..., T], like: Any, *arguments: Any) -> T:
     if mesh is None:
         return fn(*arguments)
 
-    def is_spec(x: Any) -> bool:
-        return x is None or isinstance(x, PartitionSpec)
-
     def spec(x: Any) -> PartitionSpec:
-        return (x or PartitionSpec()) if is_spec(x) else spec_of(x)
+        return (x or PartitionSpec()) if _is_spec(x) else spec_of(x)
 
-    specs = jax.tree.map(spec, like, is_leaf=is_spec)
+    specs = jax.tree.map(spec, like, is_leaf=_is_spec)
     axes = tuple(_axes_of(mesh, AxisType.Explicit))
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.sharding.auto_axes(fn, axes=axes, out_sharding=specs)(*arguments)
@@ -77,7 +76,7 @@ def layout_of(
     in_layout: Callable[[jax.Array], jax.Array],
     num_layer_axes: int,
     batch_axes: Sequence[str] = (),
-    spec: PartitionSpec | None = None,
+    spec: Spec = None,
 ) -> Layout | None:
     """The layout for a parameter leaf's scores, None if there is nothing to say.
 
@@ -123,9 +122,7 @@ def layout_of(
     return Layout(spec, by_sequence, between, PartitionSpec(None, *features))
 
 
-def spec_within(
-    leaf: Any, in_layout: Callable[[jax.Array], jax.Array], spec: PartitionSpec | None = None
-) -> PartitionSpec | None:
+def spec_within(leaf: Any, in_layout: Callable[[jax.Array], jax.Array], spec: Spec = None) -> Spec:
     """How a leaf in another layout is spread over a mesh; None where it mixes spread axes.
 
     Args:
@@ -149,7 +146,7 @@ def rearranged(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     return automatic(fn, spec_within(x, fn), x)
 
 
-def spread(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+def spread(x: jax.Array, spec: Spec) -> jax.Array:
     """An array spread over Auto axes by `spec`; as it is, if that is None or of other axes."""
     mesh = _mesh_with(AxisType.Auto, x)
     if spec is None or mesh is None:
@@ -175,7 +172,7 @@ def by_feature(layers: jax.Array, layout: Layout) -> jax.Array:
     return spread(layers, without_leading(layout.by_feature, 1))
 
 
-def specs_of_leaves(specs: Any, params: Any, sequences: Any) -> list[PartitionSpec | None]:
+def specs_of_leaves(specs: Any, params: Any, sequences: Any) -> list[Spec]:
     """A PartitionSpec for each parameter leaf, None where that is not known.
 
     Args:
@@ -192,16 +189,13 @@ def specs_of_leaves(specs: Any, params: Any, sequences: Any) -> list[PartitionSp
             "param_specs is for Auto mesh axes, but params has Explicit ones, whose types say how "
             "it is spread: leave param_specs out."
         )
-    of_leaves: list[PartitionSpec | None] = []
+    of_leaves: list[Spec] = []
 
     def collect(spec: Any, subtree: Any) -> None:
         of_leaves.extend([spec] * len(jax.tree.leaves(subtree)))
 
-    def is_spec(x: Any) -> bool:
-        return x is None or isinstance(x, PartitionSpec)
-
     try:
-        jax.tree.map(collect, specs, params, is_leaf=is_spec)
+        jax.tree.map(collect, specs, params, is_leaf=_is_spec)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"param_specs does not fit params: {error}") from error
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -276,14 +270,13 @@ def varying_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda x: jnp.where(flag, x, x), tree)
 
 
-def mean(arrays: Any, axis_name: Any) -> Any:
+def mean(arrays: Any, axis_name: AxisName) -> Any:
     """Arrays' means over mapped axes, if any, taken in at least float32, in their own types."""
     if axis_name is None:
         return arrays
 
     def of_one(x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return jax.lax.pmean(wide, axis_name).astype(x.dtype)
+        return jax.lax.pmean(wide(x), axis_name).astype(x.dtype)
 
     return jax.tree.map(of_one, arrays)
 
@@ -299,6 +292,10 @@ def explicit_batch_axes(arrays: Any) -> tuple[str, ...]:
     """The Explicit mesh axes over which the first axes of arrays are spread."""
     specs = [spec_of(x) for x in jax.tree.leaves(arrays)]
     return tuple(dict.fromkeys(name for spec in specs if spec for name in axis_names(spec[0])))
+
+
+def _is_spec(x: Any) -> bool:
+    return x is None or isinstance(x, PartitionSpec)
 
 
 def _mesh_with(kind: AxisType, arrays: Any) -> Any:

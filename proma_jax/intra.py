@@ -128,12 +128,11 @@ def project_intra(
             if project and leaf is not None and isinstance(leaf.made, LayerFactors)
         ]
         paths = [path for (path, _, _), project in zip(matched, projects, strict=True) if project]
+        sizes = [(leaf.rows("inputs").shape[-2], *leaf.matrix_shape) for _, leaf in chosen]
         options.warn_of_whole_gradients(
-            [
-                (path, leaf.rows("inputs").shape[-2], *leaf.matrix_shape)
-                for path, (_, leaf) in zip(paths, chosen, strict=True)
-            ]
+            [(path, *size) for path, size in zip(paths, sizes, strict=True)]
         )
+        shapes = [shape for size in sizes for shape in options.shapes_in(*size)]
 
         def remove(
             chosen: list[tuple[jax.Array, LayerFactors]],
@@ -144,7 +143,6 @@ def project_intra(
         ) -> tuple[list[jax.Array], jax.Array]:
             kind = jax.random.key_impl(settings.prng_key(key))
             now = jax.random.fold_in(jax.random.wrap_key_data(rng_key, impl=kind), step)
-            shapes = [shape for _, leaf in chosen for shape in options.shapes_of(leaf)]
             numbers = core.Microbatch(intra=shrinkage, starts=random_starts(now, shapes))
             leaves = [
                 core.Leaf(leaf, leaf.view.apply(update), in_intra=True) for update, leaf in chosen
@@ -163,12 +161,8 @@ def project_intra(
         found, fraction = automatic(remove, like, chosen, others, state.rng_key, state.step, factor)
         of_each = iter(found)
         projected = [
-            next(of_each) if project else update
-            for update, project in zip(leaves, projects, strict=True)
-        ]
-        projected = [
-            like_parameter(update, leaf)
-            for update, (_, _, leaf) in zip(projected, matched, strict=True)
+            like_parameter(next(of_each), leaf) if project else update
+            for update, (_, _, leaf), project in zip(leaves, matched, projects, strict=True)
         ]
         projected = mean(projected, axis_name)
         new_state = state._replace(step=optax.safe_increment(state.step), intra_fraction=fraction)

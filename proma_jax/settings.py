@@ -119,9 +119,10 @@ class Intra:
         """The rank of the subspaces of a layer with these factors."""
         return self.rank_in(factors.rows("inputs").shape[-2], *factors.matrix_shape)
 
-    def shapes_of(self, factors: LayerFactors) -> list[tuple[int, int]]:
-        """(rank, dimension) of the bases of a layer with these factors."""
-        return [(self.rank_of(factors), dimension) for dimension in factors.matrix_shape]
+    def shapes_in(self, num_tokens: int, d_in: int, d_out: int) -> list[tuple[int, int]]:
+        """(rank, dimension) of a layer's two bases, for a microbatch of so many tokens."""
+        rank = self.rank_in(num_tokens, d_in, d_out)
+        return [(rank, d_in), (rank, d_out)]
 
     def warn_of_whole_gradients(self, layers: Sequence[tuple[str, int, int, int]]) -> None:
         """Warns of layers whose gradient is in the subspaces, all of it.

@@ -52,12 +52,13 @@ from proma_jax._mesh import (
 )
 from proma_jax.capture import _jaxpr
 from proma_jax.capture.checks import (
+    DIFFERENTIATED,
     abstract,
     check_function,
     check_microbatch,
     check_parameters,
-    differentiating,
     for_one_sequence,
+    noted,
     one_of,
 )
 from proma_jax.capture.program import trace
@@ -113,7 +114,7 @@ def sequence_scores(
 
     def per_sequence(params: Any, sequence: Any) -> tuple[Any, Any]:
         program = trace(logprob_fn, params, sequence, has_aux)
-        with differentiating():
+        with noted(DIFFERENTIATED):
             return program.value_and_scores(params, sequence)
 
     @jax.jit

@@ -91,16 +91,20 @@ def _takes(logprob_fn: Callable[..., Any], *arguments: Any) -> bool:
 
 
 @contextlib.contextmanager
-def differentiating() -> Iterator[None]:
-    """Says where what JAX raises comes from, as where a program has no gradient."""
+def noted(note: str, kind: type[Exception] = Exception) -> Iterator[None]:
+    """Adds a note to errors of a kind."""
     try:
         yield
-    except Exception as error:
-        error.add_note(
-            "Raised while logprob_fn was differentiated in reverse mode, as by jax.grad, and "
-            "mapped over the sequences, as by jax.vmap."
-        )
+    except kind as error:
+        error.add_note(note)
         raise
+
+
+DIFFERENTIATED = (
+    "Raised while logprob_fn was differentiated in reverse mode, as by jax.grad, and mapped over "
+    "the sequences, as by jax.vmap."
+)
+"""Where what JAX raises comes from, as where a program has no gradient."""
 
 
 def check_microbatch(microbatch: Any) -> None:

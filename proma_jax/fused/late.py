@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,32 +45,48 @@ def late_scores(
     return scores
 
 
+class Group(NamedTuple):
+    """Leaves that are projected as one.
+
+    Attributes:
+      leaves: their numbers.
+      total: their total, with an axis of leaves in front where there are several.
+      scores: their scores, of which several leaves are the layers.
+    """
+
+    leaves: list[int]
+    total: Array
+    scores: ScoreLeaf
+
+
 def stacked_vectors(
-    scores: dict[int, ScoreLeaf], kinds: Sequence[Any]
-) -> list[tuple[list[int], ScoreLeaf]]:
-    """Scores of the many vectors of one size that a model has, as in its norms, as one leaf each.
+    scores: dict[int, ScoreLeaf], totals: Sequence[Array], kinds: Sequence[Any]
+) -> list[Group]:
+    """Puts the many vectors of one size that a model has, as in its norms, into one group each.
 
     A program of 12 unrolled layers is a quarter smaller with them, and takes 15 % less time to
     compile.
 
     Args:
       scores: of some leaves, by their numbers.
-      kinds: for each what keeps it apart from others.
+      totals: of all leaves.
+      kinds: for each of the scores what keeps it apart from others.
 
     Returns:
-      (leaves, scores) of each group: vectors of one size and kind together, as the layers of one
-      leaf; every other leaf alone.
+      Groups of vectors of one size and kind; every other leaf is a group of its own.
     """
-    groups: dict[Any, list[int]] = {}
+    alike: dict[Any, list[int]] = {}
     for (i, leaf), kind in zip(scores.items(), kinds, strict=True):
         key: Any = i
         if isinstance(leaf, DenseScores) and leaf.values.ndim == 2 and not leaf.layer_shape:
             key = leaf.values.shape, leaf.values.dtype, kind
-        groups.setdefault(key, []).append(i)
+        alike.setdefault(key, []).append(i)
 
-    def together(leaves: Sequence[int]) -> ScoreLeaf:
+    def group(leaves: list[int]) -> Group:
         if len(leaves) == 1:
-            return scores[leaves[0]]
-        return DenseScores(jnp.stack([scores[i].dense().values for i in leaves], axis=1), 1)
+            return Group(leaves, totals[leaves[0]], scores[leaves[0]])
+        values = jnp.stack([scores[i].dense().values for i in leaves], axis=1)
+        total = jnp.stack([totals[i] for i in leaves])
+        return Group(leaves, total, DenseScores(values, num_layer_axes=1))
 
-    return [(leaves, together(leaves)) for leaves in groups.values()]
+    return [group(leaves) for leaves in alike.values()]

@@ -8,8 +8,7 @@ of them leaves as the "gradient" of one of its arguments.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -86,17 +85,3 @@ def own_data(data: Array, coefficient: Array) -> Array:
 def _(axis_size: int, in_batched: Any, data: Array, coefficients: Array) -> tuple[Array, bool]:
     del axis_size
     return data if in_batched[0] else for_each(coefficients, data), True
-
-
-@contextlib.contextmanager
-def mapping() -> Iterator[None]:
-    """Says what there is for functions that `jax.vmap` cannot map."""
-    try:
-        yield
-    except NotImplementedError as error:
-        error.add_note(
-            "accumulated_gradient needs jax.vmap to map logprob_fn over the sequences. Where that "
-            "is not possible, sequence_scores takes them one after the other: use it with "
-            "accumulate and project_intra."
-        )
-        raise

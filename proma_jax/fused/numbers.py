@@ -40,10 +40,10 @@ def _starts(plan: Plan, taken: Array, batch_size: int) -> Starts:
     found = [(slot.leaf, slot.assembly) for slot in slots]
     found += [(leaf, part) for leaf in plan.late for _, part in plan.program.parts[leaf]]
     shapes = [
-        (plan.intra.rank_in(batch_size * part.num_tokens, *part.matrix_shape), dimension)
+        shape
         for leaf, part in found
         if plan.leaves[leaf].intra
-        for dimension in part.matrix_shape
+        for shape in plan.intra.shapes_in(batch_size * part.num_tokens, *part.matrix_shape)
     ]
     key = jax.random.fold_in(prng_key(plan.intra.key), taken)
     return random_starts(key, shapes)

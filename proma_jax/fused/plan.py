@@ -28,12 +28,12 @@ from proma_jax._mesh import (
     without_leading,
 )
 from proma_jax.arithmetic import layer_norms
-from proma_jax.capture.checks import differentiating
+from proma_jax.capture.checks import DIFFERENTIATED, noted
 from proma_jax.capture.factors import Reported, assemble, groups, score_leaf
 from proma_jax.capture.program import Program
 from proma_jax.capture.search import Path
 from proma_jax.fused.late import late_scores, stacked_vectors
-from proma_jax.fused.nodes import for_each, mapping, node, own_data
+from proma_jax.fused.nodes import for_each, node, own_data
 from proma_jax.fused.slots import LeafPlan, Slot, slots_of, together, with_shared_inputs
 from proma_jax.project import core
 from proma_jax.scores.leaf import ScoreLeaf, View
@@ -42,13 +42,15 @@ from proma_jax.settings import Accumulation, Intra
 
 Array = jax.Array
 
+_UNMAPPED = (
+    "accumulated_gradient needs jax.vmap to map logprob_fn over the sequences. Where that is not "
+    "possible, sequence_scores takes them one after the other: use it with accumulate and "
+    "project_intra."
+)
+
 
 class Plan:
-    """How each leaf's gradient is made: which is static, and holds no arrays.
-
-    A leaf is made by nodes, in the backward pass, if each of its layers is used at one node only,
-    or if it is not projected and may be summed up; else late, from its scores after the backward
-    pass.
+    """How each leaf's gradient is made, by nodes or late (slots.py): static, without any arrays.
 
     Attributes:
       leaves: for each parameter leaf.
@@ -104,8 +106,7 @@ class Plan:
         """The totals at the start, spread like the parameters."""
 
         def in_layout(leaf: Array, view: View) -> Array:
-            zeros = functools.partial(jnp.zeros_like, dtype=dtype)
-            return rearranged(lambda leaf: view.apply(zeros(leaf)), leaf)
+            return rearranged(lambda leaf: view.apply(jnp.zeros_like(leaf, dtype)), leaf)
 
         return self.spread(
             [in_layout(leaf, spec.view) for spec, leaf in zip(self.leaves, leaves, strict=True)]
@@ -154,7 +155,7 @@ class Plan:
             )
             return jnp.sum(logprobs), outputs
 
-        with differentiating(), mapping():
+        with noted(DIFFERENTIATED), noted(_UNMAPPED, NotImplementedError):
             (dense, late, nodes), outputs = jax.grad(value, has_aux=True)((dense, late, nodes))
         parts, norms = automatic(
             self._collect,
@@ -208,18 +209,15 @@ class Plan:
         ]
         scores = late_scores(program, dense, late, {i: self.dtypes[i] for i in sorted(self.late)})
         kinds = [self.leaves[i].accumulates for i in scores]
-        stacked = stacked_vectors(scores, kinds)
+        groups = stacked_vectors(scores, totals, kinds)
         found = self._parts(
-            [leaves[0] for leaves, _ in stacked],
-            [
-                jnp.stack([totals[i] for i in leaves]) if len(leaves) > 1 else totals[leaves[0]]
-                for leaves, _ in stacked
-            ],
-            [of_leaves for _, of_leaves in stacked],
+            [group.leaves[0] for group in groups],
+            [group.total for group in groups],
+            [group.scores for group in groups],
             coefficients,
             numbers,
         )
-        for (leaves, _), (added, of_leaves) in zip(stacked, found, strict=True):
+        for (leaves, _, _), (added, of_leaves) in zip(groups, found, strict=True):
             norms.append(of_leaves[None])
             parts |= zip(leaves, added if len(leaves) > 1 else [added], strict=True)
         in_order = [parts[i].astype(total.dtype) for i, total in enumerate(totals)]

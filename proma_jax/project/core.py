@@ -93,19 +93,20 @@ def parts(
         are the same on all.
     """
     is_ridge = accumulation is not None and accumulation.solver == "ridge"
+    totals = {i: wide(leaf.total) for i, leaf in enumerate(leaves) if leaf.total is not None}
     forms = [
-        leaf.scores.compact() if is_ridge and leaf.total is not None else leaf.scores
-        for leaf in leaves
+        leaf.scores.compact() if is_ridge and i in totals else leaf.scores
+        for i, leaf in enumerate(leaves)
     ]
     if coefficients is not None and is_ridge and intra is None:
-        return _in_one_product(leaves, forms, coefficients, numbers)
+        return _in_one_product(forms, totals, coefficients, numbers)
     own = [
         _weighted_sum(form, coefficients) if leaf.own is None else wide(leaf.own)
         for leaf, form in zip(leaves, forms, strict=True)
     ]
     common = _common(leaves, own, intra, numbers)
     left = [g - common[i] if i in common else g for i, g in enumerate(own)]
-    removed = _removed(leaves, forms, left, accumulation, numbers, axis_name)
+    removed = _removed(forms, totals, left, accumulation, numbers, axis_name)
     found = []
     for i, g in enumerate(own):
         part, length = removed.get(i, (None, norm(None)))
@@ -120,13 +121,12 @@ def _weighted_sum(scores: ScoreLeaf, coefficients: Array | None) -> Array:
 
 
 def _in_one_product(
-    leaves: Sequence[Leaf],
     forms: Sequence[ScoreLeaf],
+    totals: dict[int, Array],
     coefficients: Array,
     numbers: Microbatch,
 ) -> list[Part]:
-    """`parts` where g_m and what is removed are both combinations of the scores: one for both."""
-    totals = {i: wide(leaf.total) for i, leaf in enumerate(leaves) if leaf.total is not None}
+    """`parts` where g_m and what is removed are weighted sums of the scores: one sum makes both."""
     chosen = [forms[i] for i in totals]
 
     def remove() -> list[tuple[Array, Array]]:
@@ -179,15 +179,14 @@ def _common(
 
 
 def _removed(
-    leaves: Sequence[Leaf],
     forms: Sequence[ScoreLeaf],
+    totals: dict[int, Array],
     left: Sequence[Array],
     accumulation: Accumulation | None,
     numbers: Microbatch,
     axis_name: AxisName,
 ) -> dict[int, tuple[Array, Array]]:
     """What accumulation removes from those leaves that it projects, and its norm."""
-    totals = {i: wide(leaf.total) for i, leaf in enumerate(leaves) if leaf.total is not None}
     if accumulation is None or not totals:
         return {}
     solver, of_span = accumulation.solver, numbers.accumulation

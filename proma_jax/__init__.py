@@ -1,6 +1,7 @@
 """Proximal policy updates for JAX without a reference policy: PROMA as optax transformations."""
 
 from proma_jax import policy_gradient
+from proma_jax._mesh.scores import SpreadScores
 from proma_jax.accumulation import AccumulateState, accumulate, has_updated
 from proma_jax.capture import check_scores, describe_scores, sequence_scores
 from proma_jax.checkpoints import check_restorable
@@ -9,7 +10,6 @@ from proma_jax.intra import ProjectIntraState, project_intra
 from proma_jax.scores.leaf import View
 from proma_jax.scores.leaves import DenseScores, LayerFactors
 from proma_jax.scores.match import weighted_sum
-from proma_jax.scores.spread import SpreadScores
 from proma_jax.scores.tables import LookupFactors, SumScores
 from proma_jax.settings import Accumulation, Intra
 

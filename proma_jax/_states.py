@@ -1,4 +1,4 @@
-"""What the states of both transformations share: a version, their devices, and one program."""
+"""What the states of both transformations share: a version, checks, and updates as one program."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -6,11 +6,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 F = TypeVar("F", bound=Callable[..., Any])
-State = TypeVar("State")
 
 STATE_VERSION = 3
 
@@ -27,29 +25,6 @@ def check_state(state: Any, kind: type) -> None:
             f"state is of type {type(state).__name__}, but must be the {kind.__name__} that `init` "
             "makes; one from a checkpoint must be restored as such."
         )
-
-
-def on_devices_of(params: Any, state: State) -> State:
-    """A state whose arrays are all committed to the parameters' devices, if these are.
-
-    Restored parameters are committed to devices, while zeros are not. An update would be compiled
-    for this mixture, and again for its own results.
-    """
-
-    def is_concrete(x: Any) -> bool:
-        return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-
-    shardings = [x.sharding for x in jax.tree.leaves(params) if is_concrete(x) and x.committed]
-    if not shardings or not shardings[0].is_fully_addressable:
-        return state
-    whole = shardings[0]
-    if isinstance(whole, NamedSharding):
-        whole = NamedSharding(whole.mesh, PartitionSpec())
-
-    def placed(x: Any) -> Any:
-        return jax.device_put(x, whole) if is_concrete(x) and not x.committed else x
-
-    return jax.tree.map(placed, state)
 
 
 def compiled(update: F, *numbers: Any) -> F:

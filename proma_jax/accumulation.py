@@ -43,22 +43,15 @@ import optax
 from jax.typing import DTypeLike
 
 from proma_jax import settings
-from proma_jax._mesh import automatic, mean, varying_like
+from proma_jax._mesh.arrays import automatic, mean, on_devices_of, varying_like
+from proma_jax._mesh.scores import like_parameter
 from proma_jax._skipping import judge
-from proma_jax._states import (
-    as_typed,
-    check_shapes,
-    check_state,
-    compiled,
-    on_devices_of,
-    state_version,
-)
+from proma_jax._states import as_typed, check_shapes, check_state, compiled, state_version
 from proma_jax.arithmetic import AxisName
 from proma_jax.project import core
 from proma_jax.project.span import Solver
 from proma_jax.scores.leaf import ScoreLeaf
 from proma_jax.scores.match import kinds, match_scores
-from proma_jax.scores.spread import like_parameter
 from proma_jax.settings import Accumulation, Mask, Number
 
 Sync = Literal["microbatch", "emit"]

@@ -31,15 +31,15 @@ import jax.numpy as jnp
 import optax
 
 from proma_jax import settings
-from proma_jax._mesh import automatic, mean
-from proma_jax._states import check_state, compiled, on_devices_of, state_version
+from proma_jax._mesh.arrays import automatic, mean, on_devices_of
+from proma_jax._mesh.scores import like_parameter
+from proma_jax._states import check_state, compiled, state_version
 from proma_jax.arithmetic import AxisName
 from proma_jax.project import core
 from proma_jax.project.dominant import random_starts
 from proma_jax.project.linalg import Orthonormalization
 from proma_jax.scores.leaves import LayerFactors
 from proma_jax.scores.match import kinds, match_scores
-from proma_jax.scores.spread import like_parameter
 from proma_jax.settings import Intra, Mask, Number
 
 

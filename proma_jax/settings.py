@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from proma_jax._words import counted
 from proma_jax.project.linalg import Orthonormalization
 from proma_jax.project.span import Numbers, Solver
 from proma_jax.scores.leaf import ScoreLeaf
@@ -131,7 +132,7 @@ class Intra:
           layers: path, number of tokens, d_in and d_out of each.
         """
         whole = [
-            f"{path or '(root)'} ({_count(num_tokens, 'token')}, {d_in} -> {d_out})"
+            f"{path or '(root)'} ({counted(num_tokens, 'token')}, {d_in} -> {d_out})"
             for path, num_tokens, d_in, d_out in layers
             for rank in [self.rank_in(num_tokens, d_in, d_out)]
             if 0 < num_tokens == rank or d_in == d_out == rank
@@ -276,7 +277,3 @@ def _mask_leaves(mask: Mask, updates: Any) -> list[bool]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"mask does not fit the updates: {error}") from error
     return jax.tree.leaves(expanded)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.api_util
-import jax.numpy as jnp
 from jax.extend import core
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call"}
@@ -111,14 +110,6 @@ def _is_slice(outer: Any, inner: Any, length: int) -> bool:
 
 def _leading_false(flags: list[bool]) -> int:
     return flags.index(True) if True in flags else len(flags)
-
-
-def zeros(variable: Any, lengths: Sequence[int], dtype: Any = None) -> jax.Array:
-    """(*lengths, *shape) zeros for a variable, sharded like it."""
-    aval = variable.aval
-    spec = jax.sharding.PartitionSpec(*[None] * len(lengths), *aval.sharding.spec)
-    sharding = jax.sharding.NamedSharding(aval.sharding.mesh, spec)
-    return jnp.zeros((*lengths, *aval.shape), dtype or aval.dtype, out_sharding=sharding)
 
 
 def evaluate(eqn: core.JaxprEqn, *operands: Any) -> list[Any]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from proma_jax._mesh.axes import changes_mesh
 from proma_jax.capture._jaxpr import none_if_unknown
 from proma_jax.capture._operations import lookup
 from proma_jax.capture.pieces import Piece
@@ -53,8 +54,7 @@ def _same(eqn: core.JaxprEqn, origins: Sequence[Origin], known: Any) -> list[Ori
     del known
     for operand, result in zip(eqn.invars, eqn.outvars, strict=True):
         old, new = operand.aval, result.aval
-        changes_mesh = not old.sharding.mesh.empty and old.sharding.mesh != new.sharding.mesh
-        if old.shape != new.shape or changes_mesh:  # changed where jax.sharding.auto_axes begins
+        if old.shape != new.shape or changes_mesh(old, new):
             raise ValueError
     return list(origins)
 

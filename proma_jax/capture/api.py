@@ -43,13 +43,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from proma_jax._mesh import (
-    Spec,
-    batch_axes_of,
-    specs_of_leaves,
-    varying_like,
-    without_batch_axes,
-)
+from proma_jax._mesh.arrays import varying_like, without_batch_axes
+from proma_jax._mesh.axes import Spec
+from proma_jax._mesh.given import batch_axes_of, specs_of_leaves
+from proma_jax._mesh.scores import exchanged, spread_scores
 from proma_jax.capture import _jaxpr
 from proma_jax.capture.checks import (
     DIFFERENTIATED,
@@ -65,7 +62,6 @@ from proma_jax.capture.program import trace
 from proma_jax.scores.leaf import ScoreLeaf
 from proma_jax.scores.leaves import DenseScores, LayerFactors
 from proma_jax.scores.match import weighted_sum
-from proma_jax.scores.spread import exchanged, spread_scores
 
 Array = jax.Array
 

@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from proma_jax._mesh import has_several_devices, varying_like
+from proma_jax._mesh.arrays import varying_like
+from proma_jax._mesh.axes import has_several_devices
+from proma_jax._words import counted
 from proma_jax.capture import _jaxpr, _operations, taps
 from proma_jax.capture.access import accesses
 from proma_jax.capture.factors import Assembly, Reported, assemble, groups, score_leaf
@@ -262,22 +264,18 @@ class Program:
         """The representation of a leaf's scores, and why it has that one."""
         if leaf in self.dense_layers:
             count = math.prod(self.shapes[leaf][i] for i in self.dense_layers[leaf])
-            layers = f", {_count(count, 'layer')}" if self.dense_layers[leaf] else ""
+            layers = f", {counted(count, 'layer')}" if self.dense_layers[leaf] else ""
             return "DenseScores", self.why_dense.get(leaf, "not used") + layers
         kinds, whys = [], []
         for layout, assembly in self.parts[leaf]:
             is_lookup = assembly.is_lookup
-            count = _count(math.prod(layout.layer_shape), "layer")
+            count = counted(math.prod(layout.layer_shape), "layer")
             layers = f"{count}, " if layout.layers else ""
             d_in, d_out = layout.matrix_shape
             rows = f"{d_in} rows of" if is_lookup else f"{d_in} ->"
             kinds.append("LookupFactors" if is_lookup else "LayerFactors")
-            whys.append(f"{layers}{_count(assembly.num_tokens, 'token')}, {rows} {d_out}")
+            whys.append(f"{layers}{counted(assembly.num_tokens, 'token')}, {rows} {d_out}")
         return " + ".join(kinds), "; ".join(whys)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _convolutions(jaxpr: core.Jaxpr, path: Path) -> Iterator[tuple[Path, core.JaxprEqn]]:

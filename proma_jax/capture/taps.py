@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from proma_jax._mesh import varying_like
+from proma_jax._mesh.arrays import varying_like, zeros_like
 from proma_jax.capture import _jaxpr
 from proma_jax.capture._operations import Lookup
 from proma_jax.capture.search import Use
@@ -35,12 +35,12 @@ def data_probe(use: Use) -> Array:
     """Zeros for what a use multiplies, or for its indices, in each iteration of their scans."""
     dtype = jnp.float32 if use.is_lookup else None
     variable = use.eqn.invars[use.operation.data]
-    return _jaxpr.zeros(variable, use.scans[: use.num_source_scans], dtype)
+    return zeros_like(variable.aval, use.scans[: use.num_source_scans], dtype)
 
 
 def result_probe(use: Use) -> Array:
     """Zeros for the result of a use in each iteration of the scans around it."""
-    return _jaxpr.zeros(use.eqn.outvars[0], use.scans)
+    return zeros_like(use.eqn.outvars[0].aval, use.scans)
 
 
 def tapped(use: Use, operands: Sequence[Any], probes: tuple[Array | None, Array]) -> Array:
@@ -69,7 +69,7 @@ def tapped(use: Use, operands: Sequence[Any], probes: tuple[Array | None, Array]
         return product(kernel, data), kernel
 
     def backward_pass(kernel: Array, result_grad: Array) -> tuple[None, Array, Array]:
-        zeros = _jaxpr.zeros(use.eqn.invars[use.operation.data], ())
+        zeros = zeros_like(use.eqn.invars[use.operation.data].aval, ())
         like = varying_like(zeros, (kernel, result_grad))
         (data_grad,) = jax.linear_transpose(lambda x: product(kernel, x), like)(result_grad)
         return None, data_grad, result_grad

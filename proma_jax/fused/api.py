@@ -37,14 +37,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from proma_jax._mesh import (
-    automatic,
-    batch_axes_of,
-    specs_of_leaves,
-    spread,
-    varying_like,
-    without_batch_axes,
-)
+from proma_jax._mesh.arrays import automatic, spread, varying_like, without_batch_axes
+from proma_jax._mesh.given import batch_axes_of, specs_of_leaves
 from proma_jax.arithmetic import divide
 from proma_jax.capture.checks import check_function, check_parameters, for_one_sequence
 from proma_jax.capture.program import Program, trace

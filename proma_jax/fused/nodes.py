@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from proma_jax._mesh import varying_like
-from proma_jax.capture import _jaxpr
+from proma_jax._mesh.arrays import varying_like, zeros_like
 from proma_jax.project import core
 
 Array = jax.Array
@@ -38,7 +37,7 @@ def node(
 
     def zeros(data: Array, coefficient: Array, slots: Any, numbers: core.Microbatch) -> list[Array]:
         del slots, numbers
-        probes = [_jaxpr.zeros(variable, lengths) for variable, lengths in like]
+        probes = [zeros_like(variable.aval, lengths) for variable, lengths in like]
         return varying_like(probes, (data, coefficient))
 
     @jax.custom_vjp

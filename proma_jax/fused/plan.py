@@ -14,19 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from proma_jax._mesh import (
-    Layout,
-    Spec,
+from proma_jax._mesh.arrays import (
     automatic,
-    axis_names,
-    layout_of,
     rearranged,
     spec_within,
     spread,
     varying_like,
     without_batch_axes,
-    without_leading,
 )
+from proma_jax._mesh.axes import Spec, axis_names, without_leading
+from proma_jax._mesh.layout import Layout, layout_of
+from proma_jax._mesh.scores import SpreadScores
 from proma_jax.arithmetic import layer_norms
 from proma_jax.capture.checks import DIFFERENTIATED, noted
 from proma_jax.capture.factors import Reported, assemble, groups, score_leaf
@@ -37,7 +35,6 @@ from proma_jax.fused.nodes import for_each, node, own_data
 from proma_jax.fused.slots import LeafPlan, Slot, slots_of, together, with_shared_inputs
 from proma_jax.project import core
 from proma_jax.scores.leaf import ScoreLeaf, View
-from proma_jax.scores.spread import SpreadScores
 from proma_jax.settings import Accumulation, Intra
 
 Array = jax.Array

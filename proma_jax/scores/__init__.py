@@ -1,1 +1,1 @@
-"""Scores of parameter leaves: their classes, and how they stand beside updates and on meshes."""
+"""Scores of parameter leaves: their classes, and how they stand beside updates."""

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from proma_jax._mesh import automatic
+from proma_jax._mesh.arrays import automatic
+from proma_jax._mesh.scores import spread_scores, sum_spec
 from proma_jax.scores.leaf import ScoreLeaf, gradient_dtype, is_score_leaf
 from proma_jax.scores.leaves import as_score_leaf
-from proma_jax.scores.spread import spread_scores, sum_spec
 from proma_jax.scores.tables import SumScores
 
 Array = jax.Array

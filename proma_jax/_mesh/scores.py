@@ -26,16 +26,9 @@ from typing import Any
 
 import jax
 
-from proma_jax._mesh import (
-    Layout,
-    Spec,
-    automatic,
-    by_feature,
-    layout_of,
-    spec_of,
-    spread,
-    without_leading,
-)
+from proma_jax._mesh.arrays import automatic, spread
+from proma_jax._mesh.axes import Spec, spec_of, without_leading
+from proma_jax._mesh.layout import Layout, by_feature, layout_of
 from proma_jax.scores.leaf import ScoreLeaf, View, gradient_dtype
 from proma_jax.scores.leaves import DenseScores, LayerFactors
 

@@ -1,0 +1,1 @@
+"""Meshes: the only folder that names one, or how an array is spread over it."""

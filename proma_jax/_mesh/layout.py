@@ -1,0 +1,104 @@
+"""How what belongs to a parameter leaf is spread over a mesh, which the arithmetic cannot see.
+
+With it the products of all pairs of sequences need no sequence's dense scores anywhere but in
+parts: they are exchanged so that each device holds the same part of every sequence's score, where
+by default XLA would bring all scores whole to every device.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from proma_jax._mesh.arrays import spec_within, spread
+from proma_jax._mesh.axes import (
+    Spec,
+    axis_names,
+    explicit_batch_axes,
+    mesh_with,
+    names_in,
+    num_devices,
+    spec_of,
+    without,
+    without_leading,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How arrays that belong to a parameter leaf are spread over a mesh.
+
+    Attributes:
+      gradient: the parameter leaf and its gradients; None if that is not known.
+      by_sequence: its dense scores (b, *layers, ...) as they are made, every sequence's where its
+        factors are; None if that is not known.
+      between: what `by_sequence` is turned into first, where the mesh axes of sequences that spread
+        the leaf as well have moved to the features: XLA knows how to move some axes at a time.
+      by_feature: its dense scores as they are used, the same part of all; None likewise.
+    """
+
+    gradient: Spec
+    by_sequence: Spec = None
+    between: Spec = None
+    by_feature: Spec = None
+
+
+def layout_of(
+    leaf: Any,
+    sequences: jax.Array,
+    in_layout: Callable[[jax.Array], jax.Array],
+    num_layer_axes: int,
+    batch_axes: Sequence[str] = (),
+    spec: Spec = None,
+) -> Layout | None:
+    """The layout for a parameter leaf's scores, None if there is nothing to say.
+
+    Under Explicit axes all is known from the arrays, under Auto axes what `batch_axes` and `spec`
+    tell.
+
+    Args:
+      leaf: the parameter leaf, or an array spread like it.
+      sequences: an array whose first axis is the sequences, spread as they are.
+      in_layout: reads the leaf as (*layers, ...).
+      num_layer_axes: how many axes of that are layers.
+      batch_axes: the mesh axes over which the sequences are spread, under Auto axes.
+      spec: how the leaf is spread over Auto axes, None if that is not known.
+    """
+    mesh = mesh_with(AxisType.Explicit, (leaf, sequences))
+    if mesh is not None:
+        batch_axes, spec = explicit_batch_axes(sequences), spec_of(leaf)
+    else:
+        mesh = mesh_with(AxisType.Auto, (leaf, sequences))
+        if mesh is None or spec is None:
+            return None
+    within = spec_within(leaf, in_layout, spec)
+    if within is None or not batch_axes:
+        return Layout(spec)
+    shape = jax.eval_shape(in_layout, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape
+    features = [*within, *[None] * len(shape)][: len(shape)]
+    if sequences.shape[0] % num_devices(mesh, batch_axes):
+        return Layout(spec)
+    by_sequence = PartitionSpec(tuple(batch_axes), *without(features, batch_axes))
+    free = tuple(name for name in batch_axes if name not in names_in(features))
+    between = PartitionSpec(free, *features)
+    if free:
+        most_spread_first = sorted(
+            range(num_layer_axes, len(shape)), key=lambda i: -len(axis_names(features[i]))
+        )
+        for i in most_spread_first:
+            joined = (*axis_names(features[i]), *free)
+            if set(joined) <= set(batch_axes) and shape[i] % num_devices(mesh, joined) == 0:
+                features[i] = joined
+                break
+        else:
+            return Layout(spec)
+    return Layout(spec, by_sequence, between, PartitionSpec(None, *features))
+
+
+def by_feature(layers: jax.Array, layout: Layout) -> jax.Array:
+    """An array (*layers, ...) spread like one of a leaf's dense scores, as they are used."""
+    if layout.by_feature is None:
+        return layers
+    return spread(layers, without_leading(layout.by_feature, 1))

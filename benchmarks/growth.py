@@ -287,12 +287,7 @@ def main(command: Command) -> None:
     measure.save(files[0], command, environment, slopes=slopes, points=rows)
     _draw(rows, command, files[1])
     terminal.print(_table(rows, command))
-    terminal.print(
-        f"Settings, environment, all times: {files[0]}\n"
-        f"Figure: {files[1]}\n"
-        f"Done in {(time.monotonic() - began) / 60:.1f} minutes.",
-        highlight=False,
-    )
+    measure.say_where(files[0], files[1], began)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,16 @@ def save(file: pathlib.Path, command: Any, environment: Mapping[str, Any], **res
     file.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
+def say_where(results: pathlib.Path, figure: pathlib.Path, began: float) -> None:
+    """Says where a command's results are, and how long it took since `began`."""
+    terminal.print(
+        f"Settings, environment, all times: {results}\n"
+        f"Figure: {figure}\n"
+        f"Done in {(time.monotonic() - began) / 60:.1f} minutes.",
+        highlight=False,
+    )
+
+
 def quartiles(values: Sequence[float] | np.ndarray) -> Quartiles:
     """Of at least one value."""
     lower, median, upper = np.quantile(np.asarray(values), [0.25, 0.5, 0.75]).tolist()

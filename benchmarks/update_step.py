@@ -197,13 +197,8 @@ def main(command: Command) -> None:
     for name, row in summary.items():
         if row["error"]:
             terminal.print(f"{name} failed: {row['error']}", highlight=False, markup=False)
-    terminal.print(
-        f"{plain} runs at {rate / 1e9:,.1f} GFLOP/s.\n"
-        f"Settings, environment, all times: {files[0]}\n"
-        f"Figure: {files[1]}\n"
-        f"Done in {(time.monotonic() - began) / 60:.1f} minutes.",
-        highlight=False,
-    )
+    terminal.print(f"{plain} runs at {rate / 1e9:,.1f} GFLOP/s.", highlight=False)
+    measure.say_where(files[0], files[1], began)
 
 
 if __name__ == "__main__":

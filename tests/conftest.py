@@ -1,6 +1,7 @@
 """Sets JAX up for tests: eight virtual CPU devices, and compilation that is quick and remembered.
 
-Hypothesis draws the same few examples every time; `make campaign` has it draw thousands of others.
+Hypothesis draws the same few examples every time, at the oldest and the newest dependencies fewer;
+`make campaign` has it draw thousands of others.
 """
 
 import importlib.metadata
@@ -28,5 +29,6 @@ os.environ.setdefault("NPROC", "64")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS])
 
 settings.register_profile("proma_jax", derandomize=True, deadline=None, max_examples=25)
+settings.register_profile("versions", derandomize=True, deadline=None, max_examples=8)
 settings.register_profile("campaign", deadline=None, max_examples=4000)
 settings.load_profile("proma_jax")

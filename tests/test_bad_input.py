@@ -8,6 +8,7 @@ import pytest
 
 import proma_jax as proma
 from tests import oracles
+from tests.cases import normal
 from tests.oracles import assert_close
 
 pytestmark = pytest.mark.any_version
@@ -110,7 +111,7 @@ def test_any_number_of_sequences_and_any_shape_of_leaf(shape, b, solver):
     tx = proma.accumulate(optax.identity(), 2, solver=solver)
     steps = [
         (
-            jnp.asarray(rng.normal(size=shape), jnp.float32),
+            normal(rng, *shape),
             jnp.asarray(rng.normal(size=(b, *shape))),
         )
         for _ in range(2)
@@ -191,7 +192,7 @@ def test_numbers_and_numpy_arrays_are_arrays_too(name):
 
 def test_a_parameter_that_the_function_ignores_is_accumulated():
     params = {"used": jnp.ones((3, 2)), "ignored": jnp.ones(3)}
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 3)), jnp.float32)
+    x = normal(0, 4, 5, 3)
     _, scores = proma.sequence_scores(lambda p, x: jnp.sum(jnp.tanh(x @ p["used"])))(params, x)
     tx = optax.chain(proma.project_intra(rank=1), proma.accumulate(optax.identity(), 2))
     state = tx.init(params)

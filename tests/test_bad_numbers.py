@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import proma_jax as proma
 from tests import oracles
+from tests.cases import normal
 from tests.oracles import assert_close
 
 pytestmark = pytest.mark.any_version
@@ -89,7 +90,7 @@ def test_accumulation_is_right_for_degenerate_scores_of_any_size(
     for kind in kinds:
         scale = 1 if kind == "of all sizes" else of_scores
         inputs = jnp.asarray(scale * degenerate(rng, kind, b, tokens, d_in), dtype)
-        output_grads = jnp.asarray(rng.normal(size=(b, tokens, d_out)), dtype)
+        output_grads = normal(rng, b, tokens, d_out, dtype=dtype)
         bias = jnp.asarray(scale * degenerate(rng, kind, b, 1, d_out)[:, 0], jnp.float32)
         grads = jax.tree.map(
             lambda x: jnp.asarray(of_grads * rng.normal(size=x.shape), jnp.float32), grads_like
@@ -172,13 +173,13 @@ def steps(count, seed=0):
     """Gradients and scores of a factored and of a dense leaf."""
     rng = np.random.default_rng(seed)
 
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
     return [
         (
-            {"kernel": normal(5, 4), "bias": normal(4)},
-            {"kernel": proma.LayerFactors(normal(3, 6, 5), normal(3, 6, 4)), "bias": normal(3, 4)},
+            {"kernel": normal(rng, 5, 4), "bias": normal(rng, 4)},
+            {
+                "kernel": proma.LayerFactors(normal(rng, 3, 6, 5), normal(rng, 3, 6, 4)),
+                "bias": normal(rng, 3, 4),
+            },
         )
         for _ in range(count)
     ]
@@ -295,13 +296,13 @@ def test_sequences_without_response_tokens_have_no_say(masked):
     """The result is the one without them, also where none is left."""
     rng = np.random.default_rng(0)
     params = {
-        "w": jnp.asarray(rng.normal(size=(4, 5)), jnp.float32),
-        "v": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32),
+        "w": normal(rng, 4, 5),
+        "v": normal(rng, 5, 3),
         "b": jnp.zeros(3),
     }
     tx = optax.chain(proma.project_intra(rank=1), proma.accumulate(optax.identity(), 2))
     scores_fn = jax.jit(proma.sequence_scores(logprob_fn))
-    microbatches = jnp.asarray(rng.normal(size=(2, 3, 6, 4)), jnp.float32)
+    microbatches = normal(rng, 2, 3, 6, 4)
     coefficients = jnp.array([1.0, -2.0, 3.0])
     mask = jnp.ones((3, 6)).at[0, 4:].set(0)
     after = mask.at[jnp.array(masked)].set(0)
@@ -351,4 +352,4 @@ SHAPES = {"w": (4, 5), "v": (5, 3), "b": (3,)}
 
 
 def normals(*shape):
-    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
+    return normal(sum(shape), *shape)

@@ -71,15 +71,17 @@ def pick(tree, *index):
     return jax.tree.map(lambda x: x[index], tree)
 
 
-ANY_VERSION = ("accumulate_qr", "accumulate_svd", "intra_qr", "intra_svd")
+ANY_VERSION = {"accumulate_qr", "accumulate_svd", "intra_qr", "intra_svd", "float16", "float64"}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
-    "name",
+    ("name", "dtype"),
     [
-        pytest.param(name, marks=[pytest.mark.any_version] if name in ANY_VERSION else [])
+        pytest.param(
+            name, dtype, marks=[pytest.mark.any_version] if {name, dtype} & ANY_VERSION else []
+        )
         for name in TRANSFORMS
+        for dtype in TOLERANCES
     ],
 )
 def test_one_trace_serves_abstract_and_donated_states_scans_and_ensembles(name, dtype):

@@ -11,6 +11,7 @@ import pytest
 
 import proma_jax as proma
 from tests import models, oracles
+from tests.cases import normal
 from tests.oracles import assert_close
 
 K = 3
@@ -32,7 +33,7 @@ def step_of(model, k=K, seed=0):
     rng = np.random.default_rng(seed)
     b = jax.tree.leaves(model.microbatch)[0].shape[0]
     order = jnp.asarray(rng.integers(0, b, (k, b)))
-    coefficients = jnp.asarray(rng.normal(size=(k, b)), jnp.float32)
+    coefficients = normal(rng, k, b)
     return jax.tree.map(lambda x: x[order], model.microbatch), coefficients
 
 
@@ -146,7 +147,7 @@ def test_kernels_that_share_an_input_share_the_tokens_that_count():
         return jnp.sum(jnp.sin(x @ params["query"])[-1]) + jnp.sum(jnp.cos(x @ params["key"]))
 
     params = models.kernels(query=(5, 4), key=(5, 4))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(K, 2, 6, 5)), jnp.float32)
+    x = normal(0, K, 2, 6, 5)
     model = models.Model(logprob_fn, params, x[0])
     _, scores = proma.sequence_scores(logprob_fn)(params, x[0])
     assert scores["query"].in_loss.all()
@@ -247,7 +248,7 @@ def test_scales_of_scores_do_not_matter(scale):
         return jnp.sum(jnp.sin(x @ params)) * scale
 
     params = models.kernels(w=(5, 4))["w"]
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 7, 5)), jnp.float32)
+    x = normal(0, 2, 3, 7, 5)
     coefficients = jnp.asarray([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]]) / scale
     gradient_fn = proma.accumulated_gradient(logprob_fn, accumulation=proma.Accumulation())
     grads, metrics = gradient_fn(params, x, coefficients, step=0)

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import proma_jax as proma
+from tests.cases import normal
 
 B, TOKENS, WIDTH = 8, 12, 8
 SQUARE = (WIDTH, WIDTH)
@@ -161,7 +162,7 @@ def logprob_fn(params, x):
 
 
 def sequences():
-    return jnp.asarray(np.random.default_rng(1).normal(size=(B, TOKENS, WIDTH)), jnp.float32)
+    return normal(1, B, TOKENS, WIDTH)
 
 
 @functools.cache

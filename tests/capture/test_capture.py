@@ -25,6 +25,7 @@ from proma_jax import (
 from proma_jax.capture import _jaxpr, _moves, _operations
 from proma_jax.capture.factors import Assembly
 from proma_jax.scores.leaf import is_score_leaf
+from tests.cases import normal
 from tests.models import BATCH, LAYERS, MODELS, TOKENS, WIDTH, Model, kernels, twins
 
 COEFFICIENTS = np.array([1.0, -2.0, 3.0, -0.5])
@@ -316,7 +317,7 @@ def test_a_scanned_model_has_the_scores_of_its_unrolled_twin():
 
 def test_factors_are_what_a_layer_saw():
     """By hand: X is the input, D the gradient of the log-probability by the output."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, TOKENS, WIDTH)), jnp.float32)
+    x = normal(0, BATCH, TOKENS, WIDTH)
     w = kernels(w=(WIDTH, 3))["w"]
     _, scores = sequence_scores(lambda w, x: jnp.sum(jnp.sin(x @ w)))(w, x)
     chex.assert_trees_all_close((scores.inputs, scores.output_grads), (x, jnp.cos(x @ w)))
@@ -469,7 +470,7 @@ def test_a_mesh_changes_nothing(form, spec, axis_type):
 
     square = (WIDTH, WIDTH)
     params = kernels(w=square, v=square, layers=(LAYERS, *square))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, TOKENS, WIDTH)), jnp.float32)
+    x = normal(0, 8, TOKENS, WIDTH)
     expected = jax.jit(sequence_scores(logprob_fn))(params, x)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
 
@@ -563,7 +564,7 @@ def with_ragged_products(params, h):
 
 
 def test_what_cannot_be_mapped_is_taken_one_by_one():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, TOKENS, WIDTH)), jnp.float32)
+    x = normal(0, BATCH, TOKENS, WIDTH)
     w = kernels(w=(WIDTH, 3))["w"]
 
     def logprob_fn(w, x):
@@ -585,7 +586,7 @@ def test_what_cannot_be_mapped_is_taken_one_by_one():
 @pytest.mark.filterwarnings("ignore:jax.vmap cannot map")
 def test_a_mixture_of_experts_by_ragged_products_has_its_scores():
     params = kernels(router=(WIDTH, WIDTH), w=(WIDTH, WIDTH, 5))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, TOKENS, WIDTH)), jnp.float32)
+    x = normal(0, BATCH, TOKENS, WIDTH)
     _, scores = sequence_scores(with_ragged_products)(params, x)
     assert isinstance(scores["w"], DenseScores)
     check_scores(with_ragged_products, params, x)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import proma_jax as proma
 from tests.capture.test_moves import chains
+from tests.cases import normal
 
 pytestmark = pytest.mark.any_version
 
@@ -25,10 +26,6 @@ def dense_scores(logprob_fn, params, microbatch):
     rows = [proma.weighted_sum(scores, one_hot) for one_hot in np.eye(B, dtype=np.float32)]
     expected = jax.jit(jax.vmap(jax.grad(logprob_fn), (None, 0)))(params, microbatch)
     return jax.tree.map(lambda *x: jnp.stack(x), *rows), expected, scores
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 @given(chain=chains(), data=st.data())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from proma_jax.capture import _jaxpr, _operations
+from tests.cases import normal
 
 X = jnp.arange(12.0).reshape(3, 4) / 10
 W = jnp.arange(20.0).reshape(4, 5) / 10
@@ -167,7 +168,7 @@ CONVOLUTIONS = {
 def convolution(name):
     (shapes, options) = CONVOLUTIONS[name]
     rng = np.random.default_rng(0)
-    operands = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    operands = [normal(rng, *shape) for shape in shapes]
     options = {"window_strides": (1,) * (len(shapes[0]) - 2), "padding": "VALID", **options}
     fn = lambda x, k: jax.lax.conv_general_dilated(x, k, **options)  # noqa: E731
     return trace(fn, *operands), fn, operands

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from proma_jax.project.linalg import _inverse, dominant_directions, orthonormal_basis, random_start
 from tests import oracles
+from tests.cases import normal
 
 pytestmark = pytest.mark.any_version
 
@@ -151,7 +152,7 @@ def test_matrices_together_give_what_each_gives_alone():
     """Of 12 columns, where X is multiplied, and of 96, where its Gram matrix is; in two layers."""
     rng = np.random.default_rng(0)
     for d, rank in ((12, 2), (96, 30)):
-        matrices = [jnp.asarray(rng.normal(size=(2, n, d)), jnp.float32) for n in (40, 50)]
+        matrices = [normal(rng, 2, n, d) for n in (40, 50)]
         kept = [None, jnp.arange(100).reshape(2, 50) % 3 > 0]
         start = random_start(KEY, rank, d)
         together = dominant_directions(matrices, start, kept=kept)

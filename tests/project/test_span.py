@@ -13,6 +13,7 @@ from proma_jax.project.span import Numbers, combinations, removed_exactly
 from proma_jax.scores.leaves import DenseScores, LayerFactors
 from proma_jax.scores.tables import LookupFactors, SumScores
 from tests import oracles
+from tests.cases import layer_factors, normal
 
 pytestmark = pytest.mark.any_version
 
@@ -36,20 +37,10 @@ def removed_part(gradient, update, scores, *, solver="ridge", **numbers):
 run = jax.jit(removed_part, static_argnames="solver")
 
 
-def normal(rng, *shape, dtype=jnp.float32):
-    return jnp.asarray(rng.normal(size=shape), dtype)
-
-
 def relative_error(actual, expected, scale):
     """‖actual − expected‖ / ‖scale‖ in float64."""
     difference = np.float64(actual) - np.float64(expected)
     return np.linalg.norm(difference) / np.linalg.norm(np.float64(scale))
-
-
-def factors(rng, b, tokens, d_in, d_out, dtype=jnp.float32):
-    return LayerFactors(
-        normal(rng, b, tokens, d_in, dtype=dtype), normal(rng, b, tokens, d_out, dtype=dtype)
-    )
 
 
 def explicit(leaf: LayerFactors):
@@ -81,11 +72,15 @@ def test_dense_scores_match_float64(seed, b, shape, solver, shrinkage, bound, ex
     assert relative_error(actual, expected, gradient) < 2e-5
 
 
+def small_case():
+    rng = np.random.default_rng(0)
+    return normal(rng, 4, 3), normal(rng, 4, 3), normal(rng, 2, 4, 3)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_the_scale_of_the_scores_does_not_matter(solver, scale):
-    rng = np.random.default_rng(0)
-    gradient, update, values = (normal(rng, *shape) for shape in ((4, 3), (4, 3), (2, 4, 3)))
+    gradient, update, values = small_case()
     values = values * jnp.asarray([scale, 1.0])[:, None, None]
     actual = run(gradient, update, DenseScores(values), solver=solver)
     expected = oracles.removed(gradient, update, values, solver=solver)
@@ -95,8 +90,7 @@ def test_the_scale_of_the_scores_does_not_matter(solver, scale):
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_the_bound_holds_at_every_scale_of_the_gradients(solver, scale):
-    rng = np.random.default_rng(0)
-    gradient, update, values = (normal(rng, *shape) for shape in ((4, 3), (4, 3), (2, 4, 3)))
+    gradient, update, values = small_case()
     options = {"solver": solver, "relative_bound": 0.1}
     expected = run(gradient, update, DenseScores(values), **options)
     actual = run(gradient * scale, update * scale, DenseScores(values), **options)
@@ -113,7 +107,7 @@ def test_the_bound_holds_at_every_scale_of_the_gradients(solver, scale):
 @pytest.mark.parametrize("scale", [1e-10, 1.0, 1e10])
 def test_factors_match_float64(solver, tokens, d_in, d_out, dtype, scale):
     rng = np.random.default_rng(0)
-    leaf = factors(rng, 4, tokens, d_in, d_out, dtype)
+    leaf = layer_factors(rng, 4, tokens, d_in, d_out, dtype)
     leaf = LayerFactors((leaf.inputs * scale).astype(dtype), leaf.output_grads)
     gradient, update = normal(rng, d_in, d_out), normal(rng, d_in, d_out)
     options = {"solver": solver, "relative_bound": 0.5}
@@ -127,7 +121,7 @@ def test_lookups_and_tied_tables_match_float64(solver):
     rng = np.random.default_rng(0)
     indices = jnp.asarray(rng.integers(0, 7, (4, 5)), jnp.int32)
     lookups = LookupFactors(indices, normal(rng, 4, 5, 3), num_embeddings=7)
-    head = factors(rng, 4, 5, 7, 3)
+    head = layer_factors(rng, 4, 5, 7, 3)
     table = [
         oracles.lookup_score(np.asarray(i), np.asarray(d), 7)
         for i, d in zip(indices, lookups.output_grads, strict=True)

@@ -12,18 +12,13 @@ from proma_jax.arithmetic import contract
 from proma_jax.scores.leaf import gradient_dtype, map_layers
 from proma_jax.scores.match import match_scores
 from tests import oracles
+from tests.cases import layer_factors, normal
 
 B = 3
 
 
-def normal(rng, *shape, dtype=jnp.float32):
-    return jnp.asarray(rng.normal(size=shape), dtype)
-
-
-def layer_factors(rng, tokens=4, d_in=5, d_out=3, dtype=jnp.float32):
-    leaf = proma.LayerFactors(
-        normal(rng, B, tokens, d_in, dtype=dtype), normal(rng, B, tokens, d_out, dtype=dtype)
-    )
+def kernel(rng, tokens=4, d_in=5, d_out=3, dtype=jnp.float32):
+    leaf = layer_factors(rng, B, tokens, d_in, d_out, dtype)
     explicit = [oracles.score(*pair) for pair in zip(*map(np.asarray, pair_of(leaf)), strict=True)]
     return leaf, np.stack(explicit)
 
@@ -38,19 +33,19 @@ def dense(rng):
 
 
 def factored(rng):
-    return layer_factors(rng, tokens=1)
+    return kernel(rng, tokens=1)
 
 
 def many_tokens(rng):
-    return layer_factors(rng, tokens=20)
+    return kernel(rng, tokens=20)
 
 
 def narrow(rng):
-    return layer_factors(rng, dtype=jnp.bfloat16)
+    return kernel(rng, dtype=jnp.bfloat16)
 
 
 def several_token_axes(rng):
-    leaf, explicit = layer_factors(rng, tokens=6)
+    leaf, explicit = kernel(rng, tokens=6)
     split = [x.reshape(B, 2, 3, -1) for x in pair_of(leaf)]
     return proma.LayerFactors(*split), explicit
 
@@ -105,7 +100,7 @@ def stacked_lookups(rng):
 
 def tied(rng):
     table, explicit = lookups(rng)
-    head, head_explicit = layer_factors(rng, d_in=3, d_out=7)
+    head, head_explicit = kernel(rng, d_in=3, d_out=7)
     head = proma.LayerFactors(*pair_of(head), view=proma.View().transpose((1, 0)))
     return proma.SumScores((table, head)), explicit + head_explicit.transpose(0, 2, 1)
 

@@ -18,7 +18,8 @@ from tests.cases import normal
 from tests.oracles import assert_close
 
 P = PartitionSpec
-LAYERS, VOCABULARY, WIDTH, HIDDEN, B, TOKENS = 2, 32, 128, 256, 8, 128
+VOCABULARY, WIDTH, HIDDEN, B, TOKENS = 32, 128, 256, 8, 128
+LAYERS = MICROBATCHES = 2
 
 MESHES = {
     "data": ({"data": 8}, {}),
@@ -96,17 +97,20 @@ def model(seed=0):
         "down": scaled(LAYERS, HIDDEN, WIDTH),
         "head": scaled(WIDTH, VOCABULARY),
     }
-    tokens = jnp.asarray(rng.integers(0, VOCABULARY, (2, B, TOKENS + 1)))
-    return params, tokens, scaled(2, B)
+    tokens = jnp.asarray(rng.integers(0, VOCABULARY, (MICROBATCHES, B, TOKENS + 1)))
+    return params, tokens, scaled(MICROBATCHES, B)
 
 
 def traffic(compiled):
-    """Elements that a device receives in collectives; an all-reduce counts twice."""
+    """Elements that a device receives in collectives; an all-reduce counts twice.
+
+    Every loop has two iterations, over layers or microbatches.
+    """
     received = 0
     for shapes, kind, rest in re.findall(
         r"= (\S+|\(.*?\)) (all-[\w-]+|reduce-scatter|collective-permute)\((.*)", compiled.as_text()
     ):
-        times = (2 if kind == "all-reduce" else 1) * (LAYERS if "/while/body" in rest else 1)
+        times = (2 if kind == "all-reduce" else 1) * 2 ** rest.count("/while/body")
         sizes = re.findall(r"\w+\[([\d,]+)\]", shapes)
         received += times * sum(math.prod(map(int, size.split(","))) for size in sizes)
     return received
@@ -145,7 +149,7 @@ def on_one_device(reads):
     )
     plain = functools.partial(plain_gradient, fn, lambda params: params)
     extra = extra_memory(step, compile_step(plain, params, tokens[0], coefficients[0]))
-    for m in range(2):
+    for m in range(MICROBATCHES):
         updates, state = step(params, state, tokens[m], coefficients[m])
     return jax.device_get(updates), extra
 
@@ -169,6 +173,13 @@ class OnMesh:
         specs = {leaf: P(*self.specs.get(leaf, ())) for leaf in params}
         hints = {"spmd_axis_name": batch_axis, "param_specs": specs}
         self.options = {} if self.explicit else hints
+
+    def plain(self):
+        """Plain policy gradient of one microbatch, compiled."""
+        gradient = functools.partial(plain_gradient, self.logprob_fn, self.whole)
+        shardings = jax.tree.map(lambda x: x.sharding, self.params)
+        arguments = self.params, self.tokens[0], self.coefficients[0]
+        return compile_step(gradient, *arguments, out_shardings=shardings)
 
     def put(self, x, *spec):
         return jax.device_put(x, NamedSharding(self.mesh, P(*spec)))
@@ -215,9 +226,7 @@ def test_a_mesh_gives_what_one_device_gives_at_little_cost(name, by_both, by_one
             return compile_step(step, params, tx.init(params), *microbatch)
 
         step, one_step = compiled(BOTH), compiled(ACCUMULATION)
-        plain = functools.partial(plain_gradient, case.logprob_fn, case.whole)
-        shardings = jax.tree.map(lambda x: x.sharding, params)
-        plain = compile_step(plain, params, *microbatch, out_shardings=shardings)
+        plain = case.plain()
         for tokens, coefficients in zip(case.tokens, case.coefficients, strict=True):
             updates, new_state = step(params, state, tokens, coefficients)
             assert_spread_like((updates, new_state), (params, state))
@@ -230,29 +239,38 @@ def test_a_mesh_gives_what_one_device_gives_at_little_cost(name, by_both, by_one
 
 
 @pytest.mark.parametrize(
-    ("name", "axis_type"),
+    ("name", "axis_type", "by_both", "by_one"),
     [
-        ("data", AxisType.Auto),
-        pytest.param("hybrid", AxisType.Auto, marks=pytest.mark.any_version),
-        pytest.param("fsdp", AxisType.Explicit, marks=pytest.mark.any_version),
-        ("tensor", AxisType.Explicit),
-        ("mixed", AxisType.Auto),
+        ("data", AxisType.Auto, 2, 1.35),
+        pytest.param("hybrid", AxisType.Auto, 1.1, 0.9, marks=pytest.mark.any_version),
+        pytest.param("fsdp", AxisType.Explicit, 1.15, 0.75, marks=pytest.mark.any_version),
+        ("tensor", AxisType.Explicit, 1.3, 1.01),
+        ("mixed", AxisType.Auto, 1.5, 1.1),
     ],
 )
-def test_the_fused_form_gives_on_a_mesh_what_one_device_gives(name, axis_type):
+def test_the_fused_form_gives_on_a_mesh_what_one_device_gives(name, axis_type, by_both, by_one):
+    """At a cost that is bounded as in the test above; it takes no more memory than plain does."""
     case = OnMesh(name, axis_type)
-    expected, _ = on_one_device(reads=not case.explicit)
-    gradient_fn = proma.accumulated_gradient(
-        case.logprob_fn,
-        accumulation=proma.Accumulation(),
-        intra=proma.Intra(rank=2),
-        **case.options,
-    )
+    expected, extra = on_one_device(reads=not case.explicit)
+    arguments = case.params, case.tokens, case.coefficients, 0
+
+    def compiled(**variants):
+        return compile_step(
+            proma.accumulated_gradient(case.logprob_fn, **variants, **case.options), *arguments
+        )
+
     with jax.set_mesh(case.mesh):
-        grads, _ = jax.jit(gradient_fn)(case.params, case.tokens, case.coefficients, 0)
+        plain = case.plain()
+        one = compiled(accumulation=proma.Accumulation())
+        both = compiled(accumulation=proma.Accumulation(), intra=proma.Intra(rank=2))
+        grads, _ = both(*arguments)
         updates, _ = jax.jit(INNER.update)(grads, INNER.init(case.params))
     assert_close(jax.device_get(updates), expected, 2e-5)
     assert_spread_like(grads, case.params)
+    assert traffic(plain) > 0
+    assert traffic(both) <= by_both * MICROBATCHES * traffic(plain)
+    assert traffic(one) <= by_one * MICROBATCHES * traffic(plain)
+    assert extra_memory(one, plain) <= 0.05 * extra
 
 
 def test_explicit_axes_are_described_and_checked():

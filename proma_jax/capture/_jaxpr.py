@@ -132,27 +132,28 @@ def _debug_info(num_inputs: int, num_outputs: int) -> Any:
     )
 
 
-def rebuild(inner: Body, fn: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+def rebuild(inner: Body, fn: Callable[..., Any]) -> Callable[..., tuple[list[Any], Any]]:
     """`fn` run as an equation runs its program: inline, rematerialised, or scanned.
 
-    `fn` takes one value more than the program: a pytree that a scan slices along its leading axes.
+    `fn` takes two values more than the program: a pytree that a scan slices along its leading axes,
+    and one that it hands from iteration to iteration. It returns the program's results and that.
     """
     if inner.kind == "call":
         return fn
     if inner.kind == "remat":
         return jax.checkpoint(fn, **inner.settings)
 
-    def scanned(extra: Any, *args: Any) -> list[Any]:
+    def scanned(extra: Any, carried: Any, *args: Any) -> tuple[list[Any], Any]:
         consts = args[: inner.num_consts]
         carry = args[inner.num_consts : inner.num_consts + inner.num_carry]
         xs = args[inner.num_consts + inner.num_carry :]
 
-        def step(carry: Sequence[Any], slices: tuple[Any, Sequence[Any]]) -> tuple[Any, Any]:
-            outs = fn(slices[0], *consts, *carry, *slices[1])
-            return tuple(outs[: inner.num_carry]), tuple(outs[inner.num_carry :])
+        def step(carry: tuple[Any, Any], slices: tuple[Any, Sequence[Any]]) -> tuple[Any, Any]:
+            outs, carried = fn(slices[0], carry[0], *consts, *carry[1], *slices[1])
+            return (carried, tuple(outs[: inner.num_carry])), tuple(outs[inner.num_carry :])
 
-        carry, ys = jax.lax.scan(step, carry, (extra, xs), **inner.settings)
-        return [*carry, *ys]
+        (carried, carry), ys = jax.lax.scan(step, (carried, carry), (extra, xs), **inner.settings)
+        return [*carry, *ys], carried
 
     return scanned
 

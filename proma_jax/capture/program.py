@@ -31,7 +31,8 @@ from proma_jax.scores.leaves import DenseScores, LayerFactors
 from proma_jax.scores.tables import LookupFactors, SumScores
 
 Array = jax.Array
-Visit = Callable[[Path, Array, dict[Path, Any]], tuple[Array, dict[Path, Any]]]
+Carried = dict[int, Any]
+Visit = Callable[[Path, Array, dict[Path, Any], Carried], tuple[Array, dict[Path, Any], Carried]]
 """See `Program.run`."""
 
 
@@ -87,9 +88,13 @@ class Program:
             self.members[first.setdefault(group, path)].append(path)
         self.first = {path: group for group, paths in self.members.items() for path in paths}
         self._met: dict[Path, list[tuple[Path, Any]]] = defaultdict(list)
+        self._met_within: dict[Path, set[int]] = defaultdict(set)
         for group in self.members:
             source = self._where_met(group)
-            self._met[group[: len(source.path) + 1]].append((group, source.variable))
+            here = group[: len(source.path) + 1]
+            self._met[here].append((group, source.variable))
+            for i in range(len(here)):
+                self._met_within[here[:i]] |= self.leaves_of(group)
         convolutions = list(_convolutions(self.jaxpr, ()))
         self.hides_convolution = not all(_operations.is_convolution(e) for _, e in convolutions)
         special = [*self.uses, *(path for path, _ in convolutions)]
@@ -108,6 +113,11 @@ class Program:
             and all(path[: len(source.path)] == source.path for path in self.members[group])
         )
 
+    def leaves_of(self, group: Path) -> set[int]:
+        """The leaves that the uses of a group are of, but for dense ones."""
+        pieces = [piece for path in self.members[group] for piece in self.uses[path].pieces]
+        return {piece.leaf for piece in pieces if piece.leaf in self.parts}
+
     @property
     def dense(self) -> list[int]:
         """The leaves with dense scores."""
@@ -123,7 +133,8 @@ class Program:
             values = list(leaves)
             for i, value in zip(self.dense, dense, strict=True):
                 values[i] = value
-            return self.run([*values, *data], probes, self.reported)
+            value, outputs, _ = self.run([*values, *data], probes, self.reported)
+            return value, outputs
 
         differentiate = jax.grad(run, argnums=(0, 1), has_aux=True)
         (gradients, found), outputs = differentiate([leaves[i] for i in self.dense], probes)
@@ -148,30 +159,44 @@ class Program:
         }
 
     def reported(
-        self, group: Path, data: Array, probes: dict[Path, Any]
-    ) -> tuple[Array, dict[Path, tuple[Array | None, Array]]]:
+        self, group: Path, data: Array, probes: dict[Path, Any], carried: Carried
+    ) -> tuple[Array, dict[Path, tuple[Array | None, Array]], Carried]:
         """Has a group's taps report; a `Visit`."""
         if self.uses[group].is_lookup:
-            return data, {group: probes[group]}
+            return data, {group: probes[group]}, carried
         data = taps.report(jnp.asarray(data), probes[group][0])
-        return data, {path: (None, probes[path][1]) for path in self.members[group]}
+        return data, {path: (None, probes[path][1]) for path in self.members[group]}, carried
 
     def reports(self, found: dict[Path, tuple[Array, Array]]) -> dict[Path, Reported]:
         """What each use reports, from the gradients of the probes."""
         return {path: Reported(found[self.first[path]][0], found[path][1]) for path in found}
 
-    def run(self, arguments: Sequence[Any], extra: dict[Path, Any], visit: Visit) -> Any:
-        """The outputs for one sequence, from a program with its taps: (log-probability, all).
+    def run(
+        self,
+        arguments: Sequence[Any],
+        extra: dict[Path, Any],
+        visit: Visit,
+        carried: Carried | None = None,
+    ) -> tuple[Array, Any, Carried]:
+        """The outputs for one sequence, from a program with its taps.
 
         Args:
           arguments: leaves of the parameters and of the sequence.
           extra: a pytree for each of some uses, with the lengths of the enclosing scans in front.
-          visit: called where a group is met, with its first use, its data, and the slices of
-            `extra` in this place; returns the data and, for each use of the group, the probes of
-            its tap, that of the result with the lengths of the scans in between in front.
+          visit: called where a group is met, with its first use, its data, the slices of `extra` in
+            this place, and what is carried; returns the data, for each use of the group the probes
+            of its tap, that of the result with the lengths of the scans in between in front, and
+            what is carried on.
+          carried: a pytree for each of some parameter leaves, which goes from one visit to the next
+            group that uses the leaf, also from iteration to iteration of a scan.
+
+        Returns:
+          The log-probability, all outputs, and what is carried after the last visit.
         """
-        outputs = self._run(self.jaxpr, self.consts, (), extra, arguments, visit)
-        return outputs[0], jax.tree.unflatten(self.out_tree, outputs)
+        outputs, carried = self._run(
+            self.jaxpr, self.consts, (), extra, carried or {}, arguments, visit
+        )
+        return outputs[0], jax.tree.unflatten(self.out_tree, outputs), carried
 
     def _run(
         self,
@@ -179,9 +204,10 @@ class Program:
         consts: Sequence[Any],
         path: Path,
         extra: dict[Path, Any],
+        carried: Carried,
         args: Sequence[Any],
         visit: Visit,
-    ) -> list[Any]:
+    ) -> tuple[list[Any], Carried]:
         values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
         def read(atom: Any) -> Any:
@@ -190,36 +216,39 @@ class Program:
         for number, eqn in enumerate(jaxpr.eqns):
             here = (*path, number)
             for group, source in self._met.get(here, ()):
-                values[source], probes = visit(group, values[source], extra)
+                values[source], probes, carried = visit(group, values[source], extra, carried)
                 extra = extra | probes
             operands = [read(atom) for atom in eqn.invars]
             if here in self.uses:
                 results = [taps.tapped(self.uses[here], operands, extra[here])]
             elif here in self._scopes:
-                results = self._run_inside(eqn, here, extra, operands, visit)
+                results, carried = self._run_inside(eqn, here, extra, carried, operands, visit)
             elif _operations.is_convolution(eqn):
                 results = [_operations.convolve(eqn, *operands)]
             else:
                 results = _jaxpr.evaluate(eqn, *operands)
             values.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+        return [read(atom) for atom in jaxpr.outvars], carried
 
     def _run_inside(
         self,
         eqn: core.JaxprEqn,
         path: Path,
         extra: dict[Path, Any],
+        carried: Carried,
         operands: list[Any],
         visit: Visit,
-    ) -> list[Any]:
+    ) -> tuple[list[Any], Carried]:
         inner = _jaxpr.body(eqn)
         assert inner is not None
         within = {p: x for p, x in extra.items() if p[: len(path)] == path}
+        used = {leaf: x for leaf, x in carried.items() if leaf in self._met_within.get(path, ())}
 
-        def fn(within: Any, *args: Any) -> list[Any]:
-            return self._run(inner.jaxpr, inner.consts, path, within, args, visit)
+        def fn(within: Any, used: Carried, *args: Any) -> tuple[list[Any], Carried]:
+            return self._run(inner.jaxpr, inner.consts, path, within, used, args, visit)
 
-        return _jaxpr.rebuild(inner, fn)(within, *operands)
+        results, used = _jaxpr.rebuild(inner, fn)(within, used, *operands)
+        return results, carried | used
 
     def factored(
         self, leaves: Sequence[int], reported: dict[Path, Reported], dtypes: Sequence[Any]

@@ -132,13 +132,13 @@ def accumulated_gradient(
         ) -> tuple[tuple[list[Array], Array], GradientMetrics]:
             (totals, length), (m, microbatch, weights) = carry, inputs
             numbers = numbers_of(plan, m, k, step, weights.size)
-            parts, outputs, norms = plan.microbatch(leaves, totals, microbatch, weights, numbers)
+            totals, outputs, norms = plan.microbatch(leaves, totals, microbatch, weights, numbers)
             removed, removed_intra, own = norms
             logprobs, aux = outputs if has_aux else (outputs, None)
             metrics = GradientMetrics(
                 logprobs, divide(removed, length), divide(removed_intra, own), aux
             )
-            totals = plan.spread([t + part for t, part in zip(totals, parts, strict=True)])
+            totals = plan.spread(totals)
             return (totals, core.norm_of_all(totals)), metrics
 
         def finish(totals: list[Array]) -> list[Array]:

@@ -22,17 +22,17 @@ from proma_jax._mesh.arrays import (
     varying_like,
     without_batch_axes,
 )
-from proma_jax._mesh.axes import Spec, axis_names, without_leading
+from proma_jax._mesh.axes import Spec, axis_names
 from proma_jax._mesh.layout import Layout, layout_of
 from proma_jax._mesh.scores import SpreadScores
 from proma_jax.arithmetic import layer_norms
 from proma_jax.capture.checks import DIFFERENTIATED, noted
 from proma_jax.capture.factors import Reported, assemble, groups, score_leaf
-from proma_jax.capture.program import Program
+from proma_jax.capture.program import Carried, Program
 from proma_jax.capture.search import Path
 from proma_jax.fused.late import late_scores, stacked_vectors
 from proma_jax.fused.nodes import for_each, node, own_data
-from proma_jax.fused.slots import LeafPlan, Slot, slots_of, together, with_shared_inputs
+from proma_jax.fused.slots import LeafPlan, Slot, slots_of, with_shared_inputs
 from proma_jax.project import core
 from proma_jax.scores.leaf import ScoreLeaf, View
 from proma_jax.settings import Accumulation, Intra
@@ -53,6 +53,9 @@ class Plan:
       leaves: for each parameter leaf.
       specs: for each, how its total is spread over Auto axes, None if that is not known.
       nodes: for each group of uses that has a node, what the node adds to which leaf.
+      made: the leaves to which nodes add.
+      apart: those whose part is made apart from the total, since its norm is asked for and several
+        nodes add to it.
     """
 
     def __init__(
@@ -94,6 +97,10 @@ class Plan:
             if leaf not in self.late:
                 for group, slot in of_leaf or ():
                     self.nodes.setdefault(group, []).append(slot)
+        of_nodes = [slot for slots_of_node in self.nodes.values() for slot in slots_of_node]
+        self.made = sorted({slot.leaf for slot in of_nodes})
+        whole = {slot.leaf for slot in of_nodes if slot.layers is None}
+        self.apart = sorted(whole) if intra else []
 
     def spread(self, totals: Sequence[Array]) -> list[Array]:
         """The totals, spread over Auto axes like the parameters."""
@@ -117,147 +124,152 @@ class Plan:
         coefficients: Array,
         numbers: core.Microbatch,
     ) -> tuple[list[Array], Any, Array]:
-        """What a microbatch adds to each total, the outputs, and the norms of `_parts`."""
+        """The totals after a microbatch, the outputs, and the norms of `_parts`."""
         program = self.program
-        whole, whole_totals = without_batch_axes((leaves, totals), coefficients)
+        whole = without_batch_axes(leaves, coefficients)
         for_each_sequence = functools.partial(for_each, coefficients)
         dense = {i: for_each_sequence(whole[i]) for i in program.dense}
         late_groups = [group for group in program.members if group not in self.nodes]
         late = jax.tree.map(for_each_sequence, program.probes(late_groups))
-        nodes: dict[Path, list[tuple[Array, Array | None]]] = {}
-        specs: dict[Path, list[Spec]] = {}
-        for group, slots in self.nodes.items():
-            seen = [self._seen_by_node(slot, whole_totals[slot.leaf]) for slot in slots]
-            nodes[group] = [
-                (total, None if norms is None else varying_like(norms, coefficients))
-                for total, norms, _ in seen
-            ]
-            specs[group] = [spec for _, _, spec in seen]
+        layers = {
+            group: [None if slot.layers is None else jnp.asarray(slot.layers) for slot in slots]
+            for group, slots in self.nodes.items()
+        }
+        places = {
+            group: [jnp.zeros((*slot.scans, 3), jnp.float32) for slot in slots]
+            for group, slots in self.nodes.items()
+        }
+        zeros = {i: jnp.zeros_like(totals[i]) for i in self.made}
+        places, zeros = varying_like((places, zeros), coefficients)
+        before = {i: zeros[i] if i in self.apart else totals[i] for i in self.made}
 
-        def per_sequence(
-            differentiated: tuple[Any, ...],
-            numbers: core.Microbatch,
-            coefficient: Array,
-            sequence: Any,
-        ) -> tuple[Array, Any]:
-            dense, late, nodes = differentiated
-            values = [dense.get(i, leaf) for i, leaf in enumerate(whole)]
-            visit = functools.partial(self._visit, specs, coefficient, numbers)
-            return program.run([*values, *jax.tree.leaves(sequence)], late | nodes, visit)
+        def value(
+            dense: dict[int, Array], late: dict[Path, Any], places: Any, carried: Carried
+        ) -> tuple[Any, Any]:
+            of_nodes = {group: (layers[group], places[group]) for group in self.nodes}
 
-        def value(differentiated: tuple[Any, ...]) -> tuple[Array, Any]:
-            axes = ((0, 0, None), None, 0, 0)
-            logprobs, outputs = jax.vmap(per_sequence, axes, spmd_axis_name=self.spmd_axis_name)(
-                differentiated, numbers, coefficients, microbatch
-            )
-            return jnp.sum(logprobs), outputs
+            def per_sequence(
+                dense: dict[int, Array], late: dict[Path, Any], coefficient: Array, sequence: Any
+            ) -> tuple[Array, Any, Carried]:
+                values = [dense.get(i, leaf) for i, leaf in enumerate(whole)]
+                visit = functools.partial(self._visit, coefficient, numbers)
+                arguments = [*values, *jax.tree.leaves(sequence)]
+                return program.run(arguments, late | of_nodes, visit, carried)
+
+            mapped = jax.vmap(per_sequence, 0, (0, 0, None), spmd_axis_name=self.spmd_axis_name)
+            logprobs, outputs, carried = mapped(dense, late, coefficients, microbatch)
+            return (jnp.sum(logprobs), carried), outputs
 
         with noted(DIFFERENTIATED), noted(_UNMAPPED, NotImplementedError):
-            (dense, late, nodes), outputs = jax.grad(value, has_aux=True)((dense, late, nodes))
-        parts, norms = automatic(
+            (logprob, _), pullback, outputs = jax.vjp(
+                value, dense, late, places, zeros, has_aux=True
+            )
+            dense, late, places, made = pullback((jnp.ones_like(logprob), before))
+        totals, norms = automatic(
             self._collect,
             (totals, None),
             dense,
             late,
-            nodes,
+            places,
+            made,
             totals,
             coefficients,
             numbers,
         )
-        return parts, outputs, norms
-
-    def _seen_by_node(self, slot: Slot, total: Array) -> tuple[Array, Array | None, Spec]:
-        """What a node gets of a total, the place of its norms, and how it is spread over Auto axes.
-
-        The first two have an axis for each scan around the node.
-        """
-        if slot.layers is None:
-            return total, None, None
-        scans = slot.layers.shape[:-1]
-        layers = rearranged(slot.of_total, total)
-        known = self.specs[slot.leaf]
-        spec = None if known is None else spec_within(total, slot.of_total, known)
-        in_node = None if spec is None else without_leading(spec, len(scans))
-        return layers, jnp.zeros((*scans, 3), jnp.float32), in_node
+        return totals, outputs, norms
 
     def _collect(
         self,
         dense: dict[int, Array],
         late: dict[Path, Any],
-        nodes: dict[Path, list[tuple[Array, Array | None]]],
+        places: dict[Path, list[Array]],
+        made: dict[int, Array],
         totals: list[Array],
         coefficients: Array,
         numbers: core.Microbatch,
     ) -> tuple[list[Array], Array]:
-        """The parts of all leaves and the norms of `_parts`, from what the backward pass made."""
+        """All totals and the norms of `_parts`, from what the backward pass made."""
         program = self.program
+        new = dict(made)
         norms = [jnp.zeros((1, 3), jnp.float32)]
-        made: dict[int, list[tuple[Slot, Array]]] = {}
         for group, slots in self.nodes.items():
-            for slot, (part, of_part) in zip(slots, nodes[group], strict=True):
-                made.setdefault(slot.leaf, []).append((slot, part))
-                if of_part is not None:
-                    norms.append(of_part.reshape(-1, 3))
-        parts = {leaf: together(of_leaf, totals[leaf]) for leaf, of_leaf in made.items()}
-        norms += [
-            jnp.stack([core.norm(None), core.norm(None), core.norm(parts[leaf])])[None]
-            for leaf in made
-            if made[leaf][0][0].layers is None
-        ]
+            for slot, of_slot in zip(slots, places[group], strict=True):
+                if slot.leaf not in self.apart:
+                    norms.append(of_slot.reshape(-1, 3))
+        for leaf in self.apart:
+            norms.append(jnp.stack([core.norm(None), core.norm(None), core.norm(made[leaf])])[None])
+            new[leaf] = totals[leaf] + made[leaf]
         scores = late_scores(program, dense, late, {i: self.dtypes[i] for i in sorted(self.late)})
         kinds = [self.leaves[i].accumulates for i in scores]
-        groups = stacked_vectors(scores, totals, kinds)
+        alike = stacked_vectors(scores, totals, kinds)
         found = self._parts(
-            [group.leaves[0] for group in groups],
-            [group.total for group in groups],
-            [group.scores for group in groups],
+            [of_alike.leaves[0] for of_alike in alike],
+            [of_alike.total for of_alike in alike],
+            [of_alike.scores for of_alike in alike],
             coefficients,
             numbers,
         )
-        for (leaves, _, _), (added, of_leaves) in zip(groups, found, strict=True):
-            norms.append(of_leaves[None])
-            parts |= zip(leaves, added if len(leaves) > 1 else [added], strict=True)
-        in_order = [parts[i].astype(total.dtype) for i, total in enumerate(totals)]
-        return in_order, layer_norms(jnp.concatenate(norms).T, 1)
+        for of_alike, part in zip(alike, found, strict=True):
+            norms.append(part.norms[None])
+            added = part.added if len(of_alike.leaves) > 1 else [part.added]
+            for leaf, of_leaf in zip(of_alike.leaves, added, strict=True):
+                new[leaf] = totals[leaf] + of_leaf.astype(totals[leaf].dtype)
+        return [new[i] for i in range(len(totals))], layer_norms(jnp.concatenate(norms).T, 1)
 
     def _visit(
         self,
-        specs: dict[Path, list[Spec]],
         coefficient: Array,
         numbers: core.Microbatch,
         group: Path,
         data: Array,
         extra: dict[Path, Any],
-    ) -> tuple[Array, dict[Path, Any]]:
+        carried: Carried,
+    ) -> tuple[Array, dict[Path, Any], Carried]:
         """Puts a node where a group of uses is met, unless their leaves are late."""
         program = self.program
         data = own_data(jnp.asarray(data), coefficient)
         if group not in self.nodes:
-            return program.reported(group, data, extra)
+            return program.reported(group, data, extra, carried)
         slots, members = self.nodes[group], program.members[group]
         num_scans = program.uses[group].num_source_scans
         like = [
             (program.uses[path].eqn.outvars[0], program.uses[path].scans[num_scans:])
             for path in members
         ]
-        axes = axis_names(self.spmd_axis_name)
 
-        def fold(data: Array, coefficients: Array, totals: Any, *rest: Any) -> Any:
-            layouts = [
-                None
-                if slot.layers is None
-                else layout_of(
-                    total, coefficients, lambda x: x, len(slot.assembly.layer_shape), axes, spec
-                )
-                for slot, (total, _), spec in zip(slots, totals, specs[group], strict=True)
-            ]
+        def fold(
+            data: Array,
+            coefficients: Array,
+            layers: Any,
+            numbers: core.Microbatch,
+            totals: Carried,
+            result_grads: Sequence[Array],
+        ) -> Any:
+            layouts = [self._layout(slot, totals[slot.leaf], coefficients) for slot in slots]
             of_all = functools.partial(self._fold, slots, members, layouts)
-            parts = automatic(of_all, totals, data, coefficients, totals, *rest)
-            return varying_like(parts, coefficients)
+            arguments = data, coefficients, layers, numbers, totals, result_grads
+            found = automatic(of_all, (None, totals), *arguments)
+            return varying_like(found, coefficients)
 
         fixed = jax.lax.stop_gradient(data)
-        probes = node(fold, like)(fixed, coefficient, extra[group], numbers)
-        return data, {path: (None, probe) for path, probe in zip(members, probes, strict=True)}
+        layers, places = extra[group]
+        used = {slot.leaf: carried[slot.leaf] for slot in slots}
+        probes, used = node(fold, like)(fixed, coefficient, layers, numbers, places, used)
+        of_members = {path: (None, probe) for path, probe in zip(members, probes, strict=True)}
+        return data, of_members, carried | used
+
+    def _layout(self, slot: Slot, total: Array, coefficients: Array) -> Layout | None:
+        """How the scores of what a node sees of a total are spread."""
+        layers = slot.layers
+        if layers is None:
+            return None
+
+        def seen(total: Array) -> Array:
+            return slot.seen(total, jnp.asarray(layers[(0,) * len(slot.scans)]))
+
+        axes = axis_names(self.spmd_axis_name)
+        num_layer_axes = len(slot.assembly.layer_shape)
+        return layout_of(total, coefficients, seen, num_layer_axes, axes, self.specs[slot.leaf])
 
     def _fold(
         self,
@@ -266,11 +278,12 @@ class Plan:
         layouts: Sequence[Layout | None],
         data: Array,
         coefficients: Array,
-        totals: Sequence[tuple[Array, Array | None]],
+        layers: Sequence[Array],
         numbers: core.Microbatch,
+        totals: Carried,
         result_grads: Sequence[Array],
-    ) -> list[tuple[Array, Array | None]]:
-        """What a microbatch adds to the totals of uses with the same data.
+    ) -> tuple[list[Array], Carried]:
+        """Adds to the totals of uses with the same data what a microbatch adds.
 
         Args:
           slots: what the node adds to.
@@ -278,12 +291,13 @@ class Plan:
           layouts: of the scores of each slot.
           data: (b, ...), what they multiply, or the indices.
           coefficients: (b,).
-          totals: of each slot, its total and the place of its norms, or None.
+          layers: of each slot, those of this iteration.
           numbers: of the microbatch.
+          totals: of the leaves of the slots.
           result_grads: of each use, (b, ...).
 
         Returns:
-          Of each slot, the part to add and what is in its place, in the types of `totals`.
+          The norms of each slot's part, and the totals.
         """
         assemblies = [slot.assembly for slot in slots]
 
@@ -297,22 +311,16 @@ class Plan:
             of_slot if layout is None else SpreadScores(of_slot, None, layout)
             for of_slot, layout in zip(made, layouts, strict=True)
         ]
-        specs = [self.leaves[slot.leaf] for slot in slots]
+        of_leaves = [slot.leaf for slot in slots]
         seen = [
-            slot.view.apply(spec.view.invert(total)) if slot.layers is None else total
-            for slot, spec, (total, _) in zip(slots, specs, totals, strict=True)
+            slot.seen(totals[slot.leaf], of_slot)
+            for slot, of_slot in zip(slots, layers, strict=True)
         ]
-        parts = self._parts([slot.leaf for slot in slots], seen, scores, coefficients, numbers)
-        results: list[tuple[Array, Array | None]] = []
-        for slot, spec, (total, place_of_norms), part in zip(
-            slots, specs, totals, parts, strict=True
-        ):
-            added = part.added
-            if slot.layers is None:
-                added = spec.view.apply(slot.view.invert(added))
-            kept = None if place_of_norms is None else part.norms
-            results.append((added.astype(total.dtype), kept))
-        return results
+        parts = self._parts(of_leaves, seen, scores, coefficients, numbers)
+        for slot, of_slot, before, part in zip(slots, layers, seen, parts, strict=True):
+            after = before + part.added.astype(before.dtype)
+            totals = totals | {slot.leaf: slot.replaced(totals[slot.leaf], of_slot, after)}
+        return [part.norms for part in parts], totals
 
     def _parts(
         self,

@@ -7,13 +7,10 @@ it is not projected and may be summed up; else late, from its scores after the b
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from proma_jax.capture.factors import Assembly
@@ -48,9 +45,9 @@ class Slot:
     Attributes:
       leaf: its number.
       layers: (scans around the node..., layers), which layers of the total the node sees in which
-        iteration; None if the total goes whole to several nodes, whose parts are summed.
+        iteration; None if it sees the total whole, as other nodes do.
       assembly: of the factors of these layers.
-      view: how the layers that the node sees are read in the layout of the scores.
+      view: how what the node sees is read in the layout of the scores.
     """
 
     leaf: int
@@ -58,14 +55,38 @@ class Slot:
     assembly: Assembly
     view: View
 
-    def of_total(self, total: Array) -> Array:
-        """The layers of a total, (scans..., *layers, d_in, d_out), one for each iteration."""
+    @property
+    def scans(self) -> tuple[int, ...]:
+        """The lengths of the scans around the node."""
+        return () if self.layers is None else self.layers.shape[:-1]
+
+    def seen(self, total: Array, layers: Array) -> Array:
+        """What a node sees of a total in the iteration of `layers`, in the layout of the scores."""
         if self.layers is None:
-            return total
-        shape = (*self.layers.shape[:-1], *self.assembly.layer_shape, *self.assembly.matrix_shape)
-        layers = total.reshape(-1, *self.assembly.matrix_shape)
-        is_whole = np.array_equal(self.layers.ravel(), np.arange(layers.shape[0]))
-        return (layers if is_whole else layers[self.layers.ravel()]).reshape(shape)
+            return self.view.apply(total)
+        rows = total.reshape(-1, *self.assembly.matrix_shape)
+        if self._is_run:
+            rows = jax.lax.dynamic_slice_in_dim(rows, layers[0], len(layers))
+        else:
+            rows = rows[layers]
+        return rows.reshape(*self.assembly.layer_shape, *self.assembly.matrix_shape)
+
+    def replaced(self, total: Array, layers: Array, seen: Array) -> Array:
+        """A total with something else in the place of what a node sees."""
+        if self.layers is None:
+            return self.view.invert(seen)
+        rows = total.reshape(-1, *self.assembly.matrix_shape)
+        seen = seen.reshape(len(layers), *self.assembly.matrix_shape)
+        if self._is_run:
+            rows = jax.lax.dynamic_update_slice_in_dim(rows, seen, layers[0], axis=0)
+        else:
+            rows = rows.at[layers].set(seen)
+        return rows.reshape(total.shape)
+
+    @property
+    def _is_run(self) -> bool:
+        """Whether the layers of each iteration follow one another."""
+        return self.layers is not None and bool(np.all(np.diff(self.layers) == 1))
 
 
 def slots_of(program: Program, leaf: int, is_projected: bool) -> list[tuple[Path, Slot]] | None:
@@ -97,7 +118,7 @@ def slots_of(program: Program, leaf: int, is_projected: bool) -> list[tuple[Path
                 leaf,
                 None,
                 Assembly(placements, layout.layer_shape, layout.matrix_shape),
-                layout.view(shape),
+                layout.view(shape) if len(parts) > 1 else View(),
             ),
         )
         for group, layout, placements in by_group
@@ -106,15 +127,7 @@ def slots_of(program: Program, leaf: int, is_projected: bool) -> list[tuple[Path
 
 def with_shared_inputs(program: Program, leaves: set[int]) -> set[int]:
     """Some leaves, and those that share an input with one of them, and so on."""
-    together = [
-        {
-            piece.leaf
-            for path in members
-            for piece in program.uses[path].pieces
-            if piece.leaf in program.parts
-        }
-        for members in program.members.values()
-    ]
+    together = [program.leaves_of(group) for group in program.members]
     while True:
         more = leaves.union(*(group for group in together if group & leaves))
         if more == leaves:
@@ -155,19 +168,3 @@ def _in_node(placement: Placement, layout: Layout, depth: int, layers: np.ndarra
     inside = place(dataclasses.replace(access, use=use, piece=piece), layout)
     numbers = np.where(inside.layers == ABSENT, ABSENT, np.searchsorted(layers, inside.layers))
     return dataclasses.replace(inside, layers=numbers)
-
-
-def together(of_nodes: Sequence[tuple[Slot, Array]], total: Array) -> Array:
-    """What all nodes add to one leaf's total."""
-    slots, parts = zip(*of_nodes, strict=True)
-    if slots[0].layers is None:
-        return functools.reduce(jnp.add, parts)
-    layers = [part.reshape(-1, *total.shape[-2:]) for part in parts]
-    joined = layers[0] if len(layers) == 1 else jnp.concatenate(layers)
-    num_layers = math.prod(total.shape[:-2])
-    place_of = np.full(num_layers, len(joined))
-    place_of[np.concatenate([slot.layers.ravel() for slot in slots])] = np.arange(len(joined))
-    if len(joined) < num_layers:
-        joined = jnp.concatenate([joined, jnp.zeros_like(joined[:1])])
-    in_order = np.array_equal(place_of, np.arange(num_layers))
-    return (joined if in_order else joined[place_of]).reshape(total.shape)

@@ -94,22 +94,26 @@ def test_program_runs_again_as_it_did():
         eqn = trace(scanned, w, b, h)
         body = _jaxpr.body(eqn)
 
-        def fn(extra, *args):
-            return jax.core.eval_jaxpr(body.jaxpr, body.consts, *args[:-1], args[-1] + extra)
+        def fn(extra, carried, *args):
+            args = *args[:-1], args[-1] + 0 * extra
+            return jax.core.eval_jaxpr(body.jaxpr, body.consts, *args), 2 * carried + extra
 
         consts = [W] * body.num_consts
         args = (h, jnp.int32(0), w, b)
-        return _jaxpr.rebuild(body, fn)(jnp.zeros((3, 1)), *consts, *args)
+        return _jaxpr.rebuild(body, fn)(jnp.arange(3.0)[:, None], jnp.ones(1), *consts, *args)
 
     args = (STACK, STACK[:, 0], X)
-    chex.assert_trees_all_close(run(*args), jax.tree.leaves(scanned(*args)))
+    results, carried = run(*args)
+    chex.assert_trees_all_close(results, jax.tree.leaves(scanned(*args)))
+    assert carried == 2 * (2 * (2 * 1 + 2) + 1) + 0  # it runs from the last to the first
 
 
 @pytest.mark.parametrize("prevent_cse", [True, False])
 def test_program_is_rematerialised_as_it_was(prevent_cse):
     policy = jax.checkpoint_policies.dots_saveable
     eqn = trace(jax.checkpoint(jnp.sin, policy=policy, prevent_cse=prevent_cse), X)
-    again = trace(_jaxpr.rebuild(_jaxpr.body(eqn), lambda extra, x: [jnp.cos(x)]), None, X)
+    run = _jaxpr.rebuild(_jaxpr.body(eqn), lambda extra, carried, x: ([jnp.cos(x)], carried))
+    again = trace(run, None, {}, X)
     settings = again.primitive, again.params["policy"], again.params["prevent_cse"]
     assert settings == (eqn.primitive, policy, prevent_cse)
 

@@ -34,7 +34,7 @@ fi; \
 echo "Using $$($$python --version) ($$python)"
 endef
 
-.PHONY: help demo bench test campaign lint format typecheck test-floor test-newest lock clean
+.PHONY: help demo bench bench-tpu test campaign lint format typecheck test-floor test-newest lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,13 @@ bench: .venv/.experiments  ## time an optimizer step of every method, on a small
 	@echo "Running python -m benchmarks.update_step: blocks unrolled, then scanned"
 	@$(BENCH) --methods $(BENCH_METHODS) accumulation_dense intra_10 naive_accumulation naive_intra_10
 	@$(BENCH) --methods $(BENCH_METHODS) --layout scanned --remat
+
+bench-tpu: $(UV)  ## compile steps for TPU chips, none of which is needed: memory, collectives
+	@UV_PROJECT_ENVIRONMENT=.venv-tpu $(UV) sync --locked --inexact --python .uv/bin/python --extra experiments
+	@version=$$(.venv-tpu/bin/python -c 'import jax; print(jax.__version__)'); \
+	$(UV) pip install --quiet --python .venv-tpu "jax[tpu]==$$version"
+	@echo "Running python -m benchmarks.tpu"
+	@.venv-tpu/bin/python -m benchmarks.tpu
 
 test: .venv/.dev  ## run all tests and doctests at the locked versions
 	@echo "Running the tests and doctests"

@@ -1,14 +1,15 @@
 """The cases that are measured: a decoder, and the shape of one optimizer step's batch."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks import decoder
 
-Size = Literal["micro", "tiny", "small", "qwen3-0.6b"]
+Size = Literal["micro", "tiny", "small", "qwen3-0.6b", "qwen3-8b", "qwen3-32b"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Case:
     """T, tokens of each sequence."""
     microbatches: int
     """k, microbatches of the optimizer step."""
+    on_mesh: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What `sequence_scores` and `accumulated_gradient` are told of a mesh."""
 
     def logprob(self, params: decoder.Params, tokens: jax.Array) -> jax.Array:
         """Log-probability of one sequence."""
@@ -81,6 +84,38 @@ SIZES: dict[Size, Case] = {
             head_dim=128,
             hidden=3072,
             dtype="bfloat16",
+        ),
+        sequences=8,
+        tokens=1536,
+        microbatches=2,
+    ),
+    "qwen3-8b": Case(
+        decoder.DecoderConfig(
+            vocab=151_936,
+            width=4096,
+            layers=36,
+            heads=32,
+            kv_heads=8,
+            head_dim=128,
+            hidden=12_288,
+            dtype="bfloat16",
+            tied=False,
+        ),
+        sequences=8,
+        tokens=1536,
+        microbatches=2,
+    ),
+    "qwen3-32b": Case(
+        decoder.DecoderConfig(
+            vocab=151_936,
+            width=5120,
+            layers=64,
+            heads=64,
+            kv_heads=8,
+            head_dim=128,
+            hidden=25_600,
+            dtype="bfloat16",
+            tied=False,
         ),
         sequences=8,
         tokens=1536,

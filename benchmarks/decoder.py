@@ -50,6 +50,8 @@ class DecoderConfig:
     """Whether the backward pass computes each block's activations anew (`jax.checkpoint`)."""
     dtype: DtypeName = "float32"
     """Of parameters and activations; the softmaxes are float32."""
+    tied: bool = True
+    """Whether the embedding table is the head too; else it has a kernel of its own."""
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -77,7 +79,7 @@ def init(config: DecoderConfig, key: jax.Array) -> Params:
 
     Returns:
         "embedding" (vocab, width), "norm" (width,) and "layers": a list of one dict per block, or,
-        `scanned`, one dict of arrays with a leading layer axis.
+        `scanned`, one dict of arrays with a leading layer axis. Not `tied`: "head" (width, vocab).
     """
 
     def matrix(key, shape, fan_in):
@@ -95,11 +97,15 @@ def init(config: DecoderConfig, key: jax.Array) -> Params:
 
     embedding_key, *block_keys = jax.random.split(key, 1 + config.layers)
     blocks = [block(key) for key in block_keys]
-    return {
+    params = {
         "embedding": matrix(embedding_key, (config.vocab, config.width), config.width),
         "layers": stack(blocks) if config.scanned else blocks,
         "norm": jnp.ones(config.width, config.dtype),
     }
+    if not config.tied:
+        head_key = jax.random.fold_in(embedding_key, 1)
+        params["head"] = matrix(head_key, (config.width, config.vocab), config.width)
+    return params
 
 
 def stack(blocks: list[Params]) -> Params:
@@ -162,7 +168,7 @@ def token_logprobs(config: DecoderConfig, params: Params, tokens: jax.Array) -> 
         for layer in params["layers"]:
             x = block(layer, x)
     x = _rms_norm(x, params["norm"])[..., :-1, :]
-    logits = (x @ params["embedding"].T).astype(jnp.float32)
+    logits = (x @ (params["embedding"].T if config.tied else params["head"])).astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[..., 1:, None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 

@@ -166,7 +166,8 @@ def _batched_gradient(case) -> Gradient:
 
 def _sequence_scores(case) -> Scores:
     def grads_and_scores(params, microbatch):
-        _, scores = proma.sequence_scores(case.logprob)(params, microbatch.tokens)
+        scores_fn = proma.sequence_scores(case.logprob, **case.on_mesh)
+        _, scores = scores_fn(params, microbatch.tokens)
         return proma.weighted_sum(scores, microbatch.coefficients), scores
 
     return grads_and_scores
@@ -225,7 +226,9 @@ def _intra(case, rank) -> Step:
 
 
 def _fused(case, accumulation, intra) -> Step:
-    gradient_fn = proma.accumulated_gradient(case.logprob, accumulation=accumulation, intra=intra)
+    gradient_fn = proma.accumulated_gradient(
+        case.logprob, accumulation=accumulation, intra=intra, **case.on_mesh
+    )
 
     def step(params, batch):
         return gradient_fn(params, batch.tokens, batch.coefficients, step=0)[0]

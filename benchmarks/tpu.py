@@ -1,0 +1,266 @@
+"""`python -m benchmarks.tpu`: what a step takes on TPU chips, by their compiler, without a chip.
+
+libtpu compiles for named topologies on any machine. Nothing is allocated and nothing runs: models
+are given by their shapes. For each method it says what the compiled program needs on one device:
+
+memory
+    The compiler's peak, beyond the arguments (parameters and batch): what is live at the worst
+    moment, results included. `temp_size_in_bytes`, which JAX names too, is no such figure: for the
+    fused form at Qwen3-0.6B's shapes it is 9.1 GiB, where 6.3 GiB are allocated.
+collectives
+    How often each kind runs, loops included, and the bytes that a device receives; see `hlo`.
+compilation
+    Seconds of tracing and lowering, and of the compiler. They are this machine's.
+
+On a mesh the axes are "data" and "fsdp": sequences are spread over both, kernels and the embedding
+table by their rows over "fsdp". All layers are scanned and rematerialised.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from matplotlib import figure
+from rich import box, table
+
+from benchmarks import cases, decoder, hlo, measure, methods
+from benchmarks.measure import terminal
+from experiments import records
+
+_METHODS = (
+    "plain_batched",
+    "plain_fused",
+    "accumulation_fused",
+    "intra_10_fused",
+    "both_10_fused",
+)
+_NUM_LARGEST = 8
+_WITHOUT_CHIPS = {
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_SKIP_MDS_QUERY": "1",
+}
+"""Environment variables for libtpu, which otherwise asks the network what machine it is on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Compiles methods for TPU chips and says what they need, relative to the first."""
+
+    size: cases.Size = "qwen3-0.6b"
+    """The decoder, and the batch that goes with it."""
+    topology: str = "v5p:2x2x1"
+    """The chips: v5e:2x4, v5p:2x2x1, v5p:4x4x4, v6e:2x4, ..."""
+    data: int = 1
+    """Devices along the mesh axis over which sequences alone are spread."""
+    fsdp: int = 1
+    """Devices along the mesh axis over which parameters are spread as well."""
+    layers: int | None = None
+    """Number of blocks. Default: the decoder's."""
+    vocab: int | None = None
+    """Rows of the embedding table. Default: the decoder's."""
+    sequences: int | None = None
+    """Sequences in a microbatch, on all devices together. Default: 8."""
+    tokens: int | None = None
+    """Tokens of each sequence. Default: that of the size."""
+    microbatches: int | None = None
+    """Microbatches in the optimizer step. Default: that of the size."""
+    methods: tuple[str, ...] = _METHODS
+    """What to compile; see `benchmarks.methods`. The first is what the others are compared with."""
+    directory: pathlib.Path | None = None
+    """Where the results go. Default: runs/bench/ and the name of the case."""
+
+    def __post_init__(self):
+        if self.data < 1 or self.fsdp < 1:
+            raise ValueError(f"{self.data=} and {self.fsdp=} must be at least 1")
+        if not self.methods:
+            raise ValueError("methods must name one method at least")
+
+    @property
+    def case(self) -> cases.Case:
+        """The case that the settings describe, on one device."""
+        case = cases.SIZES[self.size]
+        config = dataclasses.replace(
+            case.config,
+            scanned=True,
+            remat=True,
+            layers=self.layers or case.config.layers,
+            vocab=self.vocab or case.config.vocab,
+        )
+        return cases.Case(
+            config=config,
+            sequences=self.sequences or case.sequences,
+            tokens=self.tokens or case.tokens,
+            microbatches=self.microbatches or case.microbatches,
+        )
+
+    @property
+    def name(self) -> str:
+        """The case in words."""
+        case, chips = self.case, self.topology.replace(":", "_")
+        batch = f"{case.microbatches}x{case.sequences}x{case.tokens}"
+        depth = f"{case.config.layers}layers_vocab{case.config.vocab}"
+        return f"tpu_{self.size}_{depth}_{batch}_{chips}_{self.data}x{self.fsdp}"
+
+
+def mesh_of(command: Command) -> Mesh:
+    """The mesh of (data, fsdp) chips.
+
+    Raises:
+        ValueError: the topology has too few chips, or cannot be cut so.
+    """
+    os.environ.update(_WITHOUT_CHIPS)
+    chips = topologies.get_topology_desc(command.topology, platform="tpu")
+    shape = command.data, command.fsdp
+    if shape == (1, 1):
+        return Mesh(np.array(chips.devices[:1]).reshape(shape), ("data", "fsdp"))
+    if command.data * command.fsdp != len(chips.devices):
+        raise ValueError(
+            f"data={command.data} times fsdp={command.fsdp} must be the {len(chips.devices)} chips "
+            f"of topology={command.topology!r}, or 1."
+        )
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    mesh = topologies.make_mesh(chips, shape, ("data", "fsdp"))
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
+
+
+def _spec(leaf: Any) -> P:
+    """How a parameter leaf is spread: by the rows of its matrices."""
+    return P() if leaf.ndim < 2 or leaf.shape[-2] < 64 else P(*[None] * (leaf.ndim - 2), "fsdp")
+
+
+def arguments_of(case: cases.Case, mesh: Mesh) -> tuple[cases.Case, decoder.Params, cases.Batch]:
+    """The case as it is told of the mesh, and the shapes of parameters and batch."""
+
+    def placed(x: Any, spec: P) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    params = jax.eval_shape(lambda: decoder.init(case.config, jax.random.key(0)))
+    specs = jax.tree.map(_spec, params)
+    shape = (case.microbatches, case.sequences)
+    batch = jax.eval_shape(
+        lambda: cases.Batch(
+            tokens=jnp.zeros((*shape, case.tokens), jnp.int32),
+            coefficients=jnp.zeros(shape),
+            old_logprobs=jnp.zeros((*shape, case.tokens - 1)),
+        )
+    )
+    if mesh.size > 1:
+        on_mesh = {"spmd_axis_name": ("data", "fsdp"), "param_specs": specs}
+        case = dataclasses.replace(case, on_mesh=on_mesh)
+    spread = jax.tree.map(lambda x: placed(x, P(None, ("data", "fsdp"))), batch)
+    return case, jax.tree.map(placed, params, specs), spread
+
+
+def compile_step(step: Callable[..., Any], arguments: Any) -> dict[str, Any]:
+    """Compiles a step and says what it needs."""
+    jax.clear_caches()
+    began = time.perf_counter()
+    shardings = jax.tree.map(lambda x: x.sharding, arguments[0])
+    lowered = jax.jit(step, out_shardings=shardings).lower(*arguments)
+    traced = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, str | bool] = {
+            "xla_dump_to": folder,
+            "xla_dump_hlo_as_text": True,
+            "xla_dump_hlo_pass_re": "NONE",
+        }
+        compiled = lowered.compile(compiler_options=options)
+        done = time.perf_counter()
+        reports = sorted(pathlib.Path(folder).glob("*memory-usage-report.txt"))
+        largest = largest_arrays(reports[-1].read_text()) if reports else []
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+    return {
+        "trace_seconds": traced - began,
+        "compile_seconds": done - traced,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "beyond_arguments_bytes": memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
+        "largest_arrays": largest,
+        "collectives": {k: t._asdict() for k, t in hlo.collectives(text).items()},
+    }
+
+
+def largest_arrays(report: str) -> list[str]:
+    """The largest places in the chip's memory by the compiler's report: size, and what is there."""
+    space = report.partition("Memory Space: default")[2].partition("\n\n")[0]
+    rows = re.findall(r"^ *[\d.]+\w+\( *\d+%\); +([\d.]+\w+); +\d+; +\d+; (.*)$", space, re.M)
+    return [f"{size}: {arrays}" for size, arrays in rows[:_NUM_LARGEST]]
+
+
+def _table(results: dict[str, dict[str, Any]], title: str) -> table.Table:
+    baseline = next(iter(results.values()))
+    shown = table.Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1))
+    shown.add_column("method", no_wrap=True)
+    for header in ("GiB", "ratio", "compile s", "ratio", "received MiB", "ratio"):
+        shown.add_column(header, justify="right", no_wrap=True)
+    for name, row in results.items():
+        cells = [name]
+        for key, unit, digits in (
+            ("beyond_arguments_bytes", 2**30, 2),
+            ("compile_seconds", 1, 0),
+            ("received", 2**20, 1),
+        ):
+            value, of_first = _value(row, key), _value(baseline, key)
+            cells += [f"{value / unit:.{digits}f}", f"{value / of_first:.2f}" if of_first else "-"]
+        shown.add_row(*cells)
+    return shown
+
+
+def _value(row: dict[str, Any], key: str) -> float:
+    if key == "received":
+        return sum(kind["bytes"] for kind in row["collectives"].values())
+    return row[key]
+
+
+def _draw(results: dict[str, dict[str, Any]], title: str, file: pathlib.Path) -> None:
+    drawing = figure.Figure(figsize=(8, 1 + 0.5 * len(results)), layout="constrained")
+    memory, seconds = drawing.subplots(1, 2, sharey=True)
+    names = list(results)[::-1]
+    memory.barh(names, [results[n]["beyond_arguments_bytes"] / 2**30 for n in names])
+    memory.set_xlabel("peak memory of a device beyond arguments, GiB")
+    seconds.barh(names, [results[n]["compile_seconds"] for n in names], color="tab:orange")
+    seconds.set_xlabel("compilation, s")
+    drawing.suptitle(title, fontsize="medium")
+    drawing.savefig(file, dpi=150)
+
+
+def main(command: Command) -> None:
+    """Compiles and writes the results."""
+    began = time.monotonic()
+    mesh = mesh_of(command)
+    case, *arguments = arguments_of(command.case, mesh)
+    results = {}
+    with jax.set_mesh(mesh):
+        for name in command.methods:
+            terminal.print(f"Compiling {name} for {command.topology}")
+            results[name] = compile_step(methods.make_step(name, case), arguments)
+    directory = command.directory or pathlib.Path("runs/bench") / command.name
+    directory.mkdir(parents=True, exist_ok=True)
+    file, drawing = directory / "results.json", directory / "memory.png"
+    title = f"{command.name}, for one device"
+    measure.save(file, command, records.environment(), results=results)
+    _draw(results, title, drawing)
+    terminal.print(_table(results, title))
+    measure.say_where(file, drawing, began)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # its time is a result
+    main(tyro.cli(Command, prog="python -m benchmarks.tpu"))

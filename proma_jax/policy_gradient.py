@@ -42,6 +42,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 __all__ = [
+    "chunked_token_logprobs",
     "cispo_loss",
     "entropy",
     "exact_kl",
@@ -367,6 +368,73 @@ def token_logprobs(logits: ArrayLike, tokens: ArrayLike, mask: ArrayLike) -> jax
         raise ValueError(f"tokens must be integers, got {tokens.dtype}")
     chosen = jnp.take_along_axis(z, jnp.where(mask, tokens, 0)[..., None], axis=-1)[..., 0]
     return jnp.where(mask, chosen - jax.nn.logsumexp(z, axis=-1), 0).astype(dtype)
+
+
+def chunked_token_logprobs(
+    hidden: ArrayLike,
+    head: ArrayLike,
+    tokens: ArrayLike,
+    mask: ArrayLike,
+    *,
+    chunk_size: int = 512,
+) -> jax.Array:
+    """`token_logprobs` of `hidden @ head`, without the logits of all tokens at once.
+
+    The logits of a long sequence over a large vocabulary are the largest array of a step. Here they
+    are made for some tokens at a time, and again in the backward pass. `sequence_scores` sees one
+    use of the head, of as many tokens; in `accumulated_gradient` a head that is not projected, a
+    tied table for one, is added to chunk by chunk, so that nothing holds all gradients of logits.
+
+    Args:
+      hidden: (..., T, d), what the head is applied to, already shifted as for `token_logprobs`.
+      head: (d, V).
+      tokens: (..., T) integers in [0, V); anything where masked out.
+      mask: (..., T), the response tokens.
+      chunk_size: how many tokens' logits are made at a time. Default: 512.
+
+    Returns:
+      Log-probabilities (..., T), 0 where masked out.
+
+    Raises:
+      ValueError: as `token_logprobs`; hidden and head do not fit; chunk_size is not at least 1.
+
+    Example:
+      >>> hidden, head = jnp.eye(2), jnp.log(jnp.array([[0.25, 0.75], [0.5, 0.5]]))
+      >>> tokens, mask = jnp.array([1, 0]), jnp.array([1, 0])
+      >>> print(chunked_token_logprobs(hidden, head, tokens, mask, chunk_size=1).round(4))
+      [-0.2877  0.    ]
+    """
+    hidden, head = _floating("hidden", hidden), _floating("head", head)
+    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
+    if hidden.ndim < 2 or head.ndim != 2 or hidden.shape[-1] != head.shape[0]:
+        raise ValueError(
+            "hidden must have shape (..., T, d) and head (d, V), got "
+            f"hidden {hidden.shape} and head {head.shape}"
+        )
+    _check_shape("mask", mask, hidden.shape[:-1], "hidden without its last axis")
+    _check_shape("tokens", tokens, mask.shape, "mask")
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}")
+    axis, length = mask.ndim - 1, mask.shape[-1]
+
+    def in_chunks(x: jax.Array) -> jax.Array:
+        """(chunks, ..., chunk_size, ...), with zeros behind the last token."""
+        pads = [(0, -length % chunk_size if i == axis else 0) for i in range(x.ndim)]
+        num_chunks = -(-length // chunk_size)
+        shape = *x.shape[:axis], num_chunks, chunk_size, *x.shape[axis + 1 :]
+        x = jnp.pad(x, pads).reshape(shape)
+        return jnp.moveaxis(x, axis, 0)
+
+    @jax.checkpoint
+    def of_chunk(head: jax.Array, chunk: tuple[jax.Array, ...]) -> jax.Array:
+        hidden, tokens, mask = chunk
+        hidden = jnp.where(mask[..., None].astype(bool), hidden, 0)
+        return token_logprobs(hidden @ head, tokens, mask)
+
+    chunks = tuple(map(in_chunks, (hidden, tokens, mask)))
+    logprobs = jax.lax.map(lambda chunk: of_chunk(head, chunk), chunks)
+    logprobs = jnp.moveaxis(logprobs, 0, axis)
+    return logprobs.reshape(*mask.shape[:-1], -1)[..., :length]
 
 
 def exact_kl(logits: ArrayLike, other_logits: ArrayLike, mask: ArrayLike) -> jax.Array:

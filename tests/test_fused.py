@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import proma_jax as proma
+from proma_jax import policy_gradient as pg
 from tests import models, oracles
 from tests.cases import normal
 from tests.oracles import assert_close
@@ -297,6 +298,37 @@ def test_no_score_outlives_its_layer_and_no_gradient_stands_beside_the_total():
         gradient_fn = proma.accumulated_gradient(logprob_fn, accumulation=accumulation, intra=intra)
         fused = memory(functools.partial(gradient_fn, step=0))
         assert fused <= of_plain - 0.5 * all_layers, variant
+
+
+@pytest.mark.parametrize("variant", ["plain", "intra", "ridge"])
+def test_a_tied_table_is_added_to_in_chunks_of_tokens(variant):
+    """No array holds the gradients of all logits, and the result is that of logits made at once."""
+    b, tokens, width, vocabulary = 2, 64, 16, 512
+    mask = jnp.ones(tokens, int)
+
+    def logprob_fn(params, sequence, in_chunks=True):
+        h, head = jnp.tanh(params["table"][sequence] @ params["w"]), params["table"].T
+        if in_chunks:
+            return pg.chunked_token_logprobs(h, head, sequence, mask, chunk_size=8).sum()
+        return pg.token_logprobs(h @ head, sequence, mask).sum()
+
+    params = {"table": normal(0, vocabulary, width), "w": normal(1, width, width)}
+    batch = jnp.asarray(np.random.default_rng(2).integers(0, vocabulary, (K, b, tokens)))
+    arguments = params, batch, normal(3, K, b), 0
+    accumulation, intra = VARIANTS[variant]
+
+    def compiled(fn):
+        gradient_fn = proma.accumulated_gradient(fn, accumulation=accumulation, intra=intra)
+        return jax.jit(gradient_fn).lower(*arguments).compile()
+
+    chunked = compiled(logprob_fn)
+    at_once = compiled(functools.partial(logprob_fn, in_chunks=False))
+    (grads, metrics), (expected, of_expected) = chunked(*arguments), at_once(*arguments)
+    assert_close(grads, expected, 1e-5)
+    assert_close(metrics, of_expected, 1e-5)
+    saved = b * tokens * vocabulary * 4
+    memory = [x.memory_analysis().temp_size_in_bytes for x in (chunked, at_once)]
+    assert memory[0] < memory[1] - 0.5 * saved
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,39 @@ def test_token_logprobs_match_float64():
     chex.assert_trees_all_close(actual, jnp.float32(expected), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 100])
+def test_chunked_token_logprobs_are_those_of_the_logits(chunk_size):
+    rng = np.random.default_rng(7)
+    hidden, head = rng.normal(size=(2, 3, T, 5)), rng.normal(size=(5, V))
+    tokens, mask = rng.integers(0, V, (2, 3, T)), rng.random((2, 3, T)) < 0.7
+    weights = jnp.float32(rng.normal(size=(2, 3, T)))
+    hidden[~mask], tokens[~mask] = np.nan, -100
+
+    def chunked(hidden, head):
+        found = pg.chunked_token_logprobs(hidden, head, tokens, mask, chunk_size=chunk_size)
+        return weights.ravel() @ found.ravel(), found
+
+    def at_once(hidden, head):
+        hidden = jnp.where(mask[..., None], hidden, 0)
+        found = pg.token_logprobs(hidden @ head, tokens, mask)
+        return weights.ravel() @ found.ravel(), found
+
+    gradients = [
+        jax.jit(jax.grad(fn, argnums=(0, 1), has_aux=True))(*f32(hidden, head))
+        for fn in (chunked, at_once)
+    ]
+    chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def in_chunks(head, mask=(1, 1), **options):
+    hidden = jnp.ones((2, 3), head.dtype)
+    return pg.chunked_token_logprobs(hidden, head, jnp.ones(2, int), jnp.array(mask), **options)
+
+
+def test_chunked_token_logprobs_keep_their_type():
+    assert in_chunks(jnp.ones((3, 2), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 # What every masked function promises.
 
 
@@ -394,6 +427,9 @@ def test_dtypes_are_kept_and_arithmetic_is_float32(batch):
         (lambda: pg.entropy(jnp.ones((2, 3)), jnp.ones((2, 3), int)), r"logits.*\(2, 3\)"),
         (lambda: pg.entropy(jnp.ones(3), jnp.array(1)), "mask.*scalar"),
         (lambda: pg.token_logprobs(jnp.ones((2, 3)), jnp.ones(2), jnp.ones(2, int)), "tokens.*int"),
+        (lambda: in_chunks(jnp.ones((4, 2))), r"hidden \(2, 3\) and head \(4, 2\)"),
+        (lambda: in_chunks(jnp.ones((3, 2)), mask=[1]), r"mask has shape \(1,\)"),
+        (lambda: in_chunks(jnp.ones((3, 2)), chunk_size=0), "chunk_size must be .* got 0"),
         (
             lambda: pg.ppo_clip_loss(*[jnp.ones((1, 1))] * 2, jnp.ones(1), [[1]], clip_low=2),
             "clip_low.*2",

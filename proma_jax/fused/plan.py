@@ -32,7 +32,7 @@ from proma_jax.capture.program import Carried, Program
 from proma_jax.capture.search import Path
 from proma_jax.fused.late import late_scores, stacked_vectors
 from proma_jax.fused.nodes import for_each, node, own_data
-from proma_jax.fused.slots import LeafPlan, Slot, slots_of, with_shared_inputs
+from proma_jax.fused.slots import LeafPlan, Slot, adds_twice, slots_of, with_shared_inputs
 from proma_jax.project import core
 from proma_jax.scores.leaf import ScoreLeaf, View
 from proma_jax.settings import Accumulation, Intra
@@ -54,8 +54,8 @@ class Plan:
       specs: for each, how its total is spread over Auto axes, None if that is not known.
       nodes: for each group of uses that has a node, what the node adds to which leaf.
       made: the leaves to which nodes add.
-      apart: those whose part is made apart from the total, since its norm is asked for and several
-        nodes add to it.
+      apart: those whose part is made apart from the total, since its norm is asked for and a layer
+        is added to more than once.
     """
 
     def __init__(
@@ -97,10 +97,11 @@ class Plan:
             if leaf not in self.late:
                 for group, slot in of_leaf or ():
                     self.nodes.setdefault(group, []).append(slot)
-        of_nodes = [slot for slots_of_node in self.nodes.values() for slot in slots_of_node]
-        self.made = sorted({slot.leaf for slot in of_nodes})
-        whole = {slot.leaf for slot in of_nodes if slot.layers is None}
-        self.apart = sorted(whole) if intra else []
+        of_leaves: dict[int, list[Slot]] = {}
+        for slot in [slot for of_node in self.nodes.values() for slot in of_node]:
+            of_leaves.setdefault(slot.leaf, []).append(slot)
+        self.made = sorted(of_leaves)
+        self.apart = [leaf for leaf in self.made if intra and adds_twice(of_leaves[leaf])]
 
     def spread(self, totals: Sequence[Array]) -> list[Array]:
         """The totals, spread over Auto axes like the parameters."""
@@ -132,7 +133,7 @@ class Plan:
         late_groups = [group for group in program.members if group not in self.nodes]
         late = jax.tree.map(for_each_sequence, program.probes(late_groups))
         layers = {
-            group: [None if slot.layers is None else jnp.asarray(slot.layers) for slot in slots]
+            group: [jnp.asarray(slot.layers) for slot in slots]
             for group, slots in self.nodes.items()
         }
         places = {
@@ -260,12 +261,11 @@ class Plan:
 
     def _layout(self, slot: Slot, total: Array, coefficients: Array) -> Layout | None:
         """How the scores of what a node sees of a total are spread."""
-        layers = slot.layers
-        if layers is None:
+        if not self.leaves[slot.leaf].accumulates:
             return None
 
         def seen(total: Array) -> Array:
-            return slot.seen(total, jnp.asarray(layers[(0,) * len(slot.scans)]))
+            return slot.seen(total, jnp.asarray(slot.layers[(0,) * len(slot.scans)]))
 
         axes = axis_names(self.spmd_axis_name)
         num_layer_axes = len(slot.assembly.layer_shape)

@@ -1,14 +1,14 @@
 """Which node adds what to which layers of a parameter leaf's total.
 
-A leaf is made by nodes, in the backward pass, if each of its layers is used at one node only, or if
-it is not projected and may be summed up; else late, from its scores after the backward pass.
+A leaf is made by nodes, in the backward pass, if each of its layers is used at one node only, in
+one iteration, or if it is not projected, so that what the nodes add may be summed up; else late,
+from its scores after the backward pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -44,27 +44,25 @@ class Slot:
 
     Attributes:
       leaf: its number.
-      layers: (scans around the node..., layers), which layers of the total the node sees in which
-        iteration; None if it sees the total whole, as other nodes do.
+      layers: (scans around the node..., layers), which layers of the total the node adds to in
+        which iteration.
       assembly: of the factors of these layers.
-      view: how what the node sees is read in the layout of the scores.
+      view: how the total is read as (layers, d_in, d_out), but for the number of layer axes.
     """
 
     leaf: int
-    layers: np.ndarray | None
+    layers: np.ndarray
     assembly: Assembly
     view: View
 
     @property
     def scans(self) -> tuple[int, ...]:
         """The lengths of the scans around the node."""
-        return () if self.layers is None else self.layers.shape[:-1]
+        return self.layers.shape[:-1]
 
     def seen(self, total: Array, layers: Array) -> Array:
         """What a node sees of a total in the iteration of `layers`, in the layout of the scores."""
-        if self.layers is None:
-            return self.view.apply(total)
-        rows = total.reshape(-1, *self.assembly.matrix_shape)
+        rows = self.view.apply(total).reshape(-1, *self.assembly.matrix_shape)
         if self._is_run:
             rows = jax.lax.dynamic_slice_in_dim(rows, layers[0], len(layers))
         else:
@@ -73,56 +71,43 @@ class Slot:
 
     def replaced(self, total: Array, layers: Array, seen: Array) -> Array:
         """A total with something else in the place of what a node sees."""
-        if self.layers is None:
-            return self.view.invert(seen)
-        rows = total.reshape(-1, *self.assembly.matrix_shape)
+        in_view = self.view.apply(total)
+        rows = in_view.reshape(-1, *self.assembly.matrix_shape)
         seen = seen.reshape(len(layers), *self.assembly.matrix_shape)
         if self._is_run:
             rows = jax.lax.dynamic_update_slice_in_dim(rows, seen, layers[0], axis=0)
         else:
             rows = rows.at[layers].set(seen)
-        return rows.reshape(total.shape)
+        return self.view.invert(rows.reshape(in_view.shape))
 
     @property
     def _is_run(self) -> bool:
         """Whether the layers of each iteration follow one another."""
-        return self.layers is not None and bool(np.all(np.diff(self.layers) == 1))
+        return bool(np.all(np.diff(self.layers) == 1))
 
 
 def slots_of(program: Program, leaf: int, is_projected: bool) -> list[tuple[Path, Slot]] | None:
     """The nodes that make a leaf and what each adds; None if it is late."""
-    parts = program.parts[leaf]
-    by_group: list[tuple[Path, Any, list[Placement]]] = []
+    parts, slots = program.parts[leaf], []
     for layout, assembly in parts:
         groups: dict[Path, list[Placement]] = {}
         for placement in assembly.placements:
             group = program.first[placement.access.use.path]
             groups.setdefault(group, []).append(placement)
-        by_group += [(group, layout, placements) for group, placements in groups.items()]
-    if len(parts) == 1:
-        slots = [
-            (group, slot_of(leaf, placements, layout)) for group, layout, placements in by_group
-        ]
-        seen = [slot.layers.ravel() for _, slot in slots if slot and slot.layers is not None]
-        each_once = len(np.unique(np.concatenate([*seen, []]))) == sum(map(len, seen))
-        if len(seen) == len(slots) and each_once:
-            return [(group, slot) for group, slot in slots if slot]
-    in_scans = any(p.access.use.scans for _, _, placements in by_group for p in placements)
-    if is_projected or in_scans:
-        return None
-    shape = program.shapes[leaf]
-    return [
-        (
-            group,
-            Slot(
-                leaf,
-                None,
-                Assembly(placements, layout.layer_shape, layout.matrix_shape),
-                layout.view(shape) if len(parts) > 1 else View(),
-            ),
-        )
-        for group, layout, placements in by_group
-    ]
+        view = View() if len(parts) == 1 else layout.view(program.shapes[leaf])
+        for group, placements in groups.items():
+            slot = slot_of(leaf, placements, layout, view)
+            if slot is None:
+                return None
+            slots.append((group, slot))
+    is_summed = adds_twice([slot for _, slot in slots])
+    return None if is_projected and is_summed else slots
+
+
+def adds_twice(slots: Sequence[Slot]) -> bool:
+    """Whether any layer of a leaf is added to more than once."""
+    layers = np.concatenate([slot.layers.ravel() for slot in slots])
+    return len(np.unique(layers)) < len(layers)
 
 
 def with_shared_inputs(program: Program, leaves: set[int]) -> set[int]:
@@ -135,14 +120,16 @@ def with_shared_inputs(program: Program, leaves: set[int]) -> set[int]:
         leaves = more
 
 
-def slot_of(leaf: int, placements: Sequence[Placement], layout: Layout) -> Slot | None:
+def slot_of(leaf: int, placements: Sequence[Placement], layout: Layout, view: View) -> Slot | None:
     """The layers of a leaf that a node sees, None if they differ from iteration to iteration."""
-    depth = placements[0].access.use.num_source_scans
-    of_each = []
+    scans = placements[0].access.use.scans[: placements[0].access.use.num_source_scans]
+    depth, of_each = len(scans), []
     for placement in placements:
-        if placement.entry_scans[:depth] != tuple(range(depth)):
+        if any(d < depth for d in placement.column_scans):
             return None
-        of_each.append(placement.layers.reshape(*placement.access.use.scans[:depth], -1))
+        varied = [length if d in placement.entry_scans else 1 for d, length in enumerate(scans)]
+        layers = placement.layers.reshape(*varied, -1)
+        of_each.append(np.broadcast_to(layers, (*scans, layers.shape[-1])))
     seen = np.concatenate(of_each, axis=-1)
     rows = seen.reshape(-1, seen.shape[-1])
     present = rows != ABSENT
@@ -156,7 +143,7 @@ def slot_of(leaf: int, placements: Sequence[Placement], layout: Layout) -> Slot 
     in_node = [_in_node(placement, layout, depth, first) for placement in placements]
     layer_shape = (len(first),) if len(first) > 1 else ()
     assembly = Assembly(in_node, layer_shape, layout.matrix_shape)
-    return Slot(leaf, (first + moved).reshape(*seen.shape[:-1], -1), assembly, View())
+    return Slot(leaf, (first + moved).reshape(*seen.shape[:-1], -1), assembly, view)
 
 
 def _in_node(placement: Placement, layout: Layout, depth: int, layers: np.ndarray) -> Placement:

@@ -36,7 +36,7 @@ def in_layout(params, config):
 
 def test_agrees_with_the_experiments_decoder(params):
     shape = dataclasses.asdict(CONFIG)
-    for name in ("scanned", "remat", "dtype"):
+    for name in ("scanned", "remat", "dtype", "tied"):
         del shape[name]
     config = ReferenceConfig(vocab_size=shape.pop("vocab"), rope_theta=1e6, **shape)
     reference = Decoder(config, rngs=nnx.Rngs(0))

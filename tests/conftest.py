@@ -15,6 +15,7 @@ XLA_FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
 ]
 jaxlib_version = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
 if jaxlib_version < (0, 11):  # a later one aborts at this flag

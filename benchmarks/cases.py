@@ -26,6 +26,17 @@ class Case:
     on_mesh: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What `sequence_scores` and `accumulated_gradient` are told of a mesh."""
 
+    def with_batch(
+        self, sequences: int | None, tokens: int | None, microbatches: int | None
+    ) -> "Case":
+        """The case with another batch, as far as that is given."""
+        return dataclasses.replace(
+            self,
+            sequences=sequences or self.sequences,
+            tokens=tokens or self.tokens,
+            microbatches=microbatches or self.microbatches,
+        )
+
     def logprob(self, params: decoder.Params, tokens: jax.Array) -> jax.Array:
         """Log-probability of one sequence."""
         return decoder.logprob(self.config, params, tokens)
@@ -47,6 +58,14 @@ class Batch(NamedTuple):
     tokens: jax.Array
     coefficients: jax.Array
     old_logprobs: jax.Array
+
+
+def _qwen3(**shape: Any) -> Case:
+    """A model of the family, of what they share and its own shape."""
+    config = decoder.DecoderConfig(
+        vocab=151_936, kv_heads=8, head_dim=128, dtype="bfloat16", **shape
+    )
+    return Case(config, sequences=8, tokens=1536, microbatches=2)
 
 
 SIZES: dict[Size, Case] = {
@@ -74,53 +93,9 @@ SIZES: dict[Size, Case] = {
         tokens=256,
         microbatches=2,
     ),
-    "qwen3-0.6b": Case(
-        decoder.DecoderConfig(
-            vocab=151_936,
-            width=1024,
-            layers=28,
-            heads=16,
-            kv_heads=8,
-            head_dim=128,
-            hidden=3072,
-            dtype="bfloat16",
-        ),
-        sequences=8,
-        tokens=1536,
-        microbatches=2,
-    ),
-    "qwen3-8b": Case(
-        decoder.DecoderConfig(
-            vocab=151_936,
-            width=4096,
-            layers=36,
-            heads=32,
-            kv_heads=8,
-            head_dim=128,
-            hidden=12_288,
-            dtype="bfloat16",
-            tied=False,
-        ),
-        sequences=8,
-        tokens=1536,
-        microbatches=2,
-    ),
-    "qwen3-32b": Case(
-        decoder.DecoderConfig(
-            vocab=151_936,
-            width=5120,
-            layers=64,
-            heads=64,
-            kv_heads=8,
-            head_dim=128,
-            hidden=25_600,
-            dtype="bfloat16",
-            tied=False,
-        ),
-        sequences=8,
-        tokens=1536,
-        microbatches=2,
-    ),
+    "qwen3-0.6b": _qwen3(width=1024, layers=28, heads=16, hidden=3072),
+    "qwen3-8b": _qwen3(width=4096, layers=36, heads=32, hidden=12_288, tied=False),
+    "qwen3-32b": _qwen3(width=5120, layers=64, heads=64, hidden=25_600, tied=False),
 }
 
 

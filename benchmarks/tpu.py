@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib import figure
 from rich import box, table
@@ -99,12 +99,8 @@ class Command:
             layers=self.layers or case.config.layers,
             vocab=self.vocab or case.config.vocab,
         )
-        return cases.Case(
-            config=config,
-            sequences=self.sequences or case.sequences,
-            tokens=self.tokens or case.tokens,
-            microbatches=self.microbatches or case.microbatches,
-        )
+        case = dataclasses.replace(case, config=config)
+        return case.with_batch(self.sequences, self.tokens, self.microbatches)
 
     @property
     def name(self) -> str:
@@ -131,14 +127,13 @@ def mesh_of(command: Command) -> Mesh:
             f"data={command.data} times fsdp={command.fsdp} must be the {len(chips.devices)} chips "
             f"of topology={command.topology!r}, or 1."
         )
-    axis_types = (AxisType.Auto, AxisType.Auto)
-    mesh = topologies.make_mesh(chips, shape, ("data", "fsdp"))
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
+    return topologies.make_mesh(chips, shape, ("data", "fsdp"))
 
 
-def _spec(leaf: Any) -> P:
-    """How a parameter leaf is spread: by the rows of its matrices."""
-    return P() if leaf.ndim < 2 or leaf.shape[-2] < 64 else P(*[None] * (leaf.ndim - 2), "fsdp")
+def _spec(path: Any, leaf: Any) -> P:
+    """How a parameter leaf is spread: kernels and tables by their rows, norms not at all."""
+    is_norm = path[-1].key.endswith("norm")
+    return P() if is_norm else P(*[None] * (leaf.ndim - 2), "fsdp")
 
 
 def arguments_of(case: cases.Case, mesh: Mesh) -> tuple[cases.Case, decoder.Params, cases.Batch]:
@@ -148,7 +143,7 @@ def arguments_of(case: cases.Case, mesh: Mesh) -> tuple[cases.Case, decoder.Para
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     params = jax.eval_shape(lambda: decoder.init(case.config, jax.random.key(0)))
-    specs = jax.tree.map(_spec, params)
+    specs = jax.tree_util.tree_map_with_path(_spec, params)
     shape = (case.microbatches, case.sequences)
     batch = jax.eval_shape(
         lambda: cases.Batch(

@@ -64,12 +64,8 @@ class Command:
             remat=self.remat,
             dtype=self.dtype or case.config.dtype,
         )
-        return cases.Case(
-            config=shape,
-            sequences=self.sequences or case.sequences,
-            tokens=self.tokens or case.tokens,
-            microbatches=self.microbatches or case.microbatches,
-        )
+        case = dataclasses.replace(case, config=shape)
+        return case.with_batch(self.sequences, self.tokens, self.microbatches)
 
     @property
     def name(self) -> str:

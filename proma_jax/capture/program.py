@@ -91,10 +91,10 @@ class Program:
         self._met_within: dict[Path, set[int]] = defaultdict(set)
         for group in self.members:
             source = self._where_met(group)
-            here = group[: len(source.path) + 1]
+            here, leaves = group[: len(source.path) + 1], self.leaves_of(group)
             self._met[here].append((group, source.variable))
             for i in range(len(here)):
-                self._met_within[here[:i]] |= self.leaves_of(group)
+                self._met_within[here[:i]] |= leaves
         convolutions = list(_convolutions(self.jaxpr, ()))
         self.hides_convolution = not all(_operations.is_convolution(e) for _, e in convolutions)
         special = [*self.uses, *(path for path, _ in convolutions)]

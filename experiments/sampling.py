@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import addition, decoder
+from experiments.models import decoder
+from experiments.tasks import addition
 from proma_jax import policy_gradient as pg
 
 

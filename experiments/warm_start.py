@@ -17,8 +17,9 @@ import optax
 from flax import nnx
 from pydantic.dataclasses import dataclass
 
-from experiments import addition, checked, files, records, sampling
-from experiments.decoder import Decoder, DecoderConfig
+from experiments import checked, files, records, sampling
+from experiments.models.decoder import Decoder, DecoderConfig
+from experiments.tasks import addition
 from proma_jax import policy_gradient as pg
 
 

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from benchmarks import decoder
-from experiments.decoder import Decoder
-from experiments.decoder import DecoderConfig as ReferenceConfig
+from experiments.models.decoder import Decoder
+from experiments.models.decoder import DecoderConfig as ReferenceConfig
 
 CONFIG = decoder.DecoderConfig(
     vocab=23, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=24

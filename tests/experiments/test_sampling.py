@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from experiments import sampling
-from experiments.addition import END, PAD, VOCAB_SIZE, Addition
-from experiments.decoder import Decoder, DecoderConfig
+from experiments.models.decoder import Decoder, DecoderConfig
+from experiments.tasks.addition import END, PAD, VOCAB_SIZE, Addition
 
 TASK = Addition(digits=2)
 PROMPTS = ["37+58=", "4+5=", "10+0=", "99+99="] * 16

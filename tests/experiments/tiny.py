@@ -1,8 +1,8 @@
 """A warm start that takes seconds, and whose policy is right often enough for rewards to vary."""
 
 from experiments import warm_start
-from experiments.addition import VOCAB_SIZE, Addition
-from experiments.decoder import DecoderConfig
+from experiments.models.decoder import DecoderConfig
+from experiments.tasks.addition import VOCAB_SIZE, Addition
 
 START = warm_start.WarmStartConfig(
     task=Addition(digits=1, validation_problems=20),

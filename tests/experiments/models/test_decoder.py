@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.decoder import Decoder, DecoderConfig, empty_cache
+from experiments.models.decoder import Decoder, DecoderConfig, empty_cache
 
 CONFIGS = [
     DecoderConfig(11, width=16, layers=2, heads=4, kv_heads=2, head_dim=6, hidden=24),

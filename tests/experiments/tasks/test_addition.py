@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.addition import END, PAD, Addition
+from experiments.tasks.addition import END, PAD, Addition
 
 TASK = Addition(digits=2, validation_problems=100)
 

@@ -14,6 +14,7 @@ Example:
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
@@ -21,6 +22,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from experiments import checked
+from experiments.tasks.task import LazyProblems, Problem
 
 PAD, END = 0, 1
 CHARACTERS = "0123456789+="
@@ -86,8 +88,44 @@ class Addition:
             raise ValueError(f"{count=} prompts, but digits={self.digits} has only {len(problems)}")
         return self._prompts(rng.choice(problems, count, replace=False))
 
-    def answer(self, prompt: str) -> str:
-        """The right response to a prompt."""
+    @property
+    def characters(self) -> str:
+        """All characters of prompts and answers."""
+        return CHARACTERS
+
+    @property
+    def longest_prompt(self) -> int:
+        """Characters of the longest prompt."""
+        return 2 * self.digits + 2
+
+    @property
+    def longest_response(self) -> int:
+        """Characters of the longest answer."""
+        return self.digits + 1
+
+    @property
+    def training(self) -> LazyProblems:
+        """All problems that are not held out, in the order of the shuffle."""
+        return self._lazily(self._problems[self.validation_problems :])
+
+    @property
+    def validation(self) -> LazyProblems:
+        """The held-out problems."""
+        return self._lazily(self._problems[: self.validation_problems])
+
+    def _lazily(self, problems: np.ndarray) -> LazyProblems:
+        return LazyProblems(len(problems), lambda i: Problem(*self._prompts(problems[i : i + 1])))
+
+    def grade(
+        self, problems: Sequence[Problem], responses: Sequence[str]
+    ) -> dict[str, list[float]]:
+        """Rewards exactly the sum, in digits and nothing else."""
+        pairs = zip(problems, responses, strict=True)
+        return {"reward": [float(response == self.answer(problem)) for problem, response in pairs]}
+
+    def answer(self, problem: Problem | str, /) -> str:
+        """The right response to a problem or its prompt."""
+        prompt = problem if isinstance(problem, str) else str(problem.prompt)
         left, right = prompt.removesuffix("=").split("+")
         return str(int(left) + int(right))
 

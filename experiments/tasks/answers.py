@@ -10,7 +10,7 @@ from decimal import Decimal
 
 _NUMBER = re.compile(
     r"(?:(?<![\w.)\]}])(?P<minus>[-−]))?"
-    r"\\?\$?\s?"
+    r"(?:\\?\$\s?)?"
     r"(?:(?<=\$)(?P<inner>[-−]))?"
     r"(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\d)\.\d+)"
 )

@@ -1,11 +1,16 @@
-"""A compact decoder of the Qwen3 architecture in Flax NNX, with an explicit key/value cache.
+"""Decoders of the Llama, Qwen2 and Qwen3 architectures in Flax NNX, with a key/value cache.
 
-Pre-norm blocks of grouped-query attention (RMSNorm on every query and key head, rotary positions)
-and a SwiGLU feed-forward, a final RMSNorm, and a head that may share the embedding table. No
-biases anywhere, and every matmul is a plain `x @ kernel`.
+Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU feed-forward, a final
+RMSNorm, and a head that may share the embedding table. A configuration says what the families
+differ in: RMSNorm on every query and key head (Qwen3), biases on queries, keys and values (Qwen2),
+rotary wavelengths stretched for long contexts (Llama 3). Every matmul is a plain `x @ kernel`.
 
 Sequences are padded on the left, marked by `valid`. Padding changes nothing: positions count valid
-tokens only, and no token attends to an invalid one.
+tokens only, and no token attends to an invalid one. Blocks unrolled or scanned, rematerialised or
+not, give the same numbers.
+
+In bfloat16, RMSNorm's statistics, rotary angles and the attention's softmax are float32; their
+results, the logits among them, are rounded to bfloat16.
 
 Example:
     >>> from flax import nnx
@@ -15,63 +20,33 @@ Example:
     >>> decoder = Decoder(config, rngs=nnx.Rngs(0))
     >>> decoder(jnp.array([3, 1, 4, 1, 5])).shape
     (5, 11)
+
+Log-probabilities over a large vocabulary, without the logits of all tokens at once:
+    >>> from proma_jax import policy_gradient as pg
+    >>> tokens = jnp.array([3, 1, 4, 1, 5])
+    >>> hidden, mask = decoder.hidden(tokens)[:-1], jnp.ones(4, bool)
+    >>> pg.chunked_token_logprobs(hidden, decoder.head_kernel, tokens[1:], mask).shape
+    (4,)
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from pydantic.dataclasses import dataclass
 
-from experiments import checked
+from experiments.models.config import DecoderConfig
 
 LayerCache = tuple[jax.Array, jax.Array]
-
-
-@dataclass(frozen=True, config=checked.CONFIG)
-class DecoderConfig:
-    """The shape of a decoder."""
-
-    vocab_size: checked.Count = 14
-    """Rows of the embedding table."""
-    width: checked.Count = 96
-    """Features of the residual stream."""
-    layers: checked.Count = 2
-    """Number of blocks."""
-    heads: checked.Count = 4
-    """Query heads."""
-    kv_heads: checked.Count = 2
-    """Key and value heads; each serves heads / kv_heads query heads."""
-    head_dim: checked.Count = 24
-    """Features of one head; even, because rotary positions turn pairs of features."""
-    hidden: checked.Count = 256
-    """Features inside the SwiGLU feed-forward."""
-    rope_theta: checked.Positive = 10_000.0
-    """Base of the rotary wavelengths."""
-    norm_epsilon: checked.Positive = 1e-6
-    """Added to the mean square inside every RMSNorm."""
-    tied_head: bool = True
-    """Whether the output head is the embedding table."""
-
-    def __post_init__(self):
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even")
-
-    @property
-    def narrowest(self) -> int:
-        """The least number of inputs or outputs of any matrix but the embedding table."""
-        sizes = [self.width, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden]
-        return min(sizes if self.tied_head else [*sizes, self.vocab_size])
 
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far, in a fixed number of slots.
 
     Attributes:
-        layers: per block, keys and values, each (..., slots, kv_heads, head_dim).
+        layers: per block, keys and values, each (..., slots, kv_heads, head_dim); with
+            `scan_layers` one pair alone, with a leading axis of blocks.
         valid: (..., slots) bool, which slots hold a token that may be attended to.
         length: () int32, how many slots are filled; the same for every sequence.
     """
@@ -83,9 +58,10 @@ class KVCache(NamedTuple):
 
 def empty_cache(config: DecoderConfig, batch: int, slots: int) -> KVCache:
     """A cache for `batch` sequences of at most `slots` tokens, padding included."""
-    zeros = jnp.zeros((batch, slots, config.kv_heads, config.head_dim))
+    shape = (batch, slots, config.kv_heads, config.head_dim)
+    zeros = jnp.zeros((config.layers, *shape) if config.scan_layers else shape, config.dtype)
     return KVCache(
-        layers=((zeros, zeros),) * config.layers,
+        layers=((zeros, zeros),) * (1 if config.scan_layers else config.layers),
         valid=jnp.zeros((batch, slots), bool),
         length=jnp.zeros((), jnp.int32),
     )
@@ -95,30 +71,50 @@ def _write(slots: jax.Array, new: jax.Array, start: jax.Array, axis: int) -> jax
     return jax.lax.dynamic_update_slice_in_dim(slots, new, start, axis % slots.ndim)
 
 
+def _frequencies(config: DecoderConfig) -> jax.Array:
+    """Radians per position (head_dim / 2,) by which each pair of features turns."""
+    exponents = jnp.arange(0, config.head_dim, 2) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    fits = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = jnp.clip((fits - scaling.low_freq_factor) / span, 0, 1)
+    return frequencies * ((1 - kept) / scaling.factor + kept)
+
+
 def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     """Turns the pairs (x[i], x[i + head_dim / 2]) by `angles` (..., T, head_dim / 2)."""
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    cos, sin = (f(angles)[..., None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def _linear(
+    config: DecoderConfig, inputs: int, outputs: int, rngs: nnx.Rngs, use_bias: bool = False
+) -> nnx.Linear:
+    dtype = jnp.dtype(config.dtype)
+    return nnx.Linear(inputs, outputs, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+
+
+def _norm(config: DecoderConfig, features: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    dtype = jnp.dtype(config.dtype)
+    return nnx.RMSNorm(features, epsilon=config.norm_epsilon, param_dtype=dtype, rngs=rngs)
+
+
 class Attention(nnx.Module):
-    """Causal grouped-query self-attention with normalised queries and keys."""
+    """Causal grouped-query self-attention."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        def linear(features_in, features_out):
-            return nnx.Linear(features_in, features_out, use_bias=False, rngs=rngs)
-
-        def norm():
-            return nnx.RMSNorm(config.head_dim, epsilon=config.norm_epsilon, rngs=rngs)
-
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.q_proj = linear(config.width, config.heads * config.head_dim)
-        self.k_proj = linear(config.width, config.kv_heads * config.head_dim)
-        self.v_proj = linear(config.width, config.kv_heads * config.head_dim)
-        self.o_proj = linear(config.heads * config.head_dim, config.width)
-        self.q_norm = norm()
-        self.k_norm = norm()
+        self.q_proj = _linear(config, config.width, queries, rngs, config.qkv_bias)
+        self.k_proj = _linear(config, config.width, keys, rngs, config.qkv_bias)
+        self.v_proj = _linear(config, config.width, keys, rngs, config.qkv_bias)
+        self.o_proj = _linear(config, queries, config.width, rngs)
+        self.q_norm = _norm(config, config.head_dim, rngs) if config.qk_norm else None
+        self.k_norm = _norm(config, config.head_dim, rngs) if config.qk_norm else None
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], -1, self.head_dim)
@@ -132,9 +128,11 @@ class Attention(nnx.Module):
         start: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
         """Attends from `x` (..., T, width) to `x` or, given `past`, to that with `x` at `start`."""
-        queries = _rotate(self.q_norm(self._heads(self.q_proj(x))), angles)
-        keys = _rotate(self.k_norm(self._heads(self.k_proj(x))), angles)
+        queries, keys = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
         values = self._heads(self.v_proj(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys = _rotate(queries, angles), _rotate(keys, angles)
         if past is not None:
             keys = _write(past[0], keys, start, axis=-3)
             values = _write(past[1], values, start, axis=-3)
@@ -146,9 +144,9 @@ class SwiGLU(nnx.Module):
     """The gated feed-forward layer."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.gate_proj = nnx.Linear(config.width, config.hidden, use_bias=False, rngs=rngs)
-        self.up_proj = nnx.Linear(config.width, config.hidden, use_bias=False, rngs=rngs)
-        self.down_proj = nnx.Linear(config.hidden, config.width, use_bias=False, rngs=rngs)
+        self.gate_proj = _linear(config, config.width, config.hidden, rngs)
+        self.up_proj = _linear(config, config.width, config.hidden, rngs)
+        self.down_proj = _linear(config, config.hidden, config.width, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -158,9 +156,9 @@ class Block(nnx.Module):
     """Attention and feed-forward, each added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
+        self.attention_norm = _norm(config, config.width, rngs)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
+        self.mlp_norm = _norm(config, config.width, rngs)
         self.mlp = SwiGLU(config, rngs=rngs)
 
     def __call__(self, x, angles, mask, past, start):
@@ -173,12 +171,14 @@ class Decoder(nnx.Module):
     """Token ids to next-token logits."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
         self.config = config
-        self.embed = nnx.Embed(config.vocab_size, config.width, rngs=rngs)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
-        self.norm = nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
+        self.embed = nnx.Embed(config.vocab_size, config.width, param_dtype=dtype, rngs=rngs)
+        blocks = [Block(config, rngs=rngs) for _ in range(config.layers)]
+        self.blocks = _stack(blocks) if config.scan_layers else nnx.List(blocks)
+        self.norm = _norm(config, config.width, rngs)
         if not config.tied_head:
-            self.head = nnx.Linear(config.width, config.vocab_size, use_bias=False, rngs=rngs)
+            self.head = _linear(config, config.width, config.vocab_size, rngs)
 
     def __call__(self, tokens: jax.Array, valid: jax.Array | None = None) -> jax.Array:
         """Logits of whole sequences.
@@ -190,8 +190,7 @@ class Decoder(nnx.Module):
         Returns:
             (T, vocab_size) or (b, T, vocab_size) logits; row t predicts token t + 1.
         """
-        valid = jnp.ones(tokens.shape, bool) if valid is None else valid
-        return self._forward(tokens, valid, (None,) * self.config.layers, jnp.int32(0))[0]
+        return self.logits(self.hidden(tokens, valid))
 
     def extend(
         self, tokens: jax.Array, valid: jax.Array, cache: KVCache
@@ -207,23 +206,73 @@ class Decoder(nnx.Module):
         Returns:
             (b, T, vocab_size) logits, the same as the full forward's, and the extended cache.
         """
-        seen = _write(cache.valid, valid, cache.length, axis=-1)
-        logits, layers = self._forward(tokens, seen, cache.layers, cache.length)
-        return logits, KVCache(layers, seen, cache.length + tokens.shape[-1])
+        hidden, cache = self.extend_hidden(tokens, valid, cache)
+        return self.logits(hidden), cache
 
-    def _forward(self, tokens, valid, past, start):
+    def hidden(self, tokens: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+        """What the head is applied to: (..., T, width), normalised. Arguments as of a call."""
+        valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+        run = self._block_runner(tokens, valid, jnp.int32(0))
+
+        def step(x, block):
+            return run(block, x, None)[0], None
+
+        if self.config.remat:  # in a scan, nothing can merge the two computations
+            step = jax.checkpoint(step, prevent_cse=not self.config.scan_layers)
+        x = self.embed(tokens)
+        if isinstance(self.blocks, Block):
+            x, _ = jax.lax.scan(step, x, self.blocks)
+        else:
+            for block in self.blocks:
+                x, _ = step(x, block)
+        return self.norm(x)
+
+    def extend_hidden(
+        self, tokens: jax.Array, valid: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """As `extend`, with `hidden` states (b, T, width) instead of logits."""
+        seen = _write(cache.valid, valid, cache.length, axis=-1)
+        run = self._block_runner(tokens, seen, cache.length)
+        put = jax.lax.dynamic_update_index_in_dim
+
+        def step(carry, layer):
+            x, slots = carry
+            block, index = layer
+            x, present = run(block, x, jax.tree.map(lambda s: s[index], slots))
+            return (x, jax.tree.map(lambda s, p: put(s, p, index, 0), slots, present)), None
+
+        x, layers = self.embed(tokens), cache.layers
+        if isinstance(self.blocks, Block):  # what a scan carries is written in place
+            blocks = self.blocks, jnp.arange(self.config.layers)
+            (x, slots), _ = jax.lax.scan(step, (x, layers[0]), blocks)
+            layers = (slots,)
+        else:
+            for i, block in enumerate(self.blocks):
+                x, present = run(block, x, layers[i])
+                layers = *layers[:i], present, *layers[i + 1 :]
+        return self.norm(x), KVCache(layers, seen, cache.length + tokens.shape[-1])
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits (..., vocab_size) of hidden states (..., width)."""
+        return self.embed.attend(hidden) if self.config.tied_head else self.head(hidden)
+
+    @property
+    def head_kernel(self) -> jax.Array:
+        """(width, vocab_size): the head's kernel, or the transposed embedding table."""
+        return self.embed.embedding[...].T if self.config.tied_head else self.head.kernel[...]
+
+    def _block_runner(
+        self, tokens: jax.Array, valid: jax.Array, start: jax.Array
+    ) -> Callable[[Block, jax.Array, LayerCache | None], tuple[jax.Array, LayerCache]]:
+        """Runs a block on tokens that stand in slots from `start` of those that `valid` marks."""
         slot = start + jnp.arange(tokens.shape[-1])
         causal = jnp.arange(valid.shape[-1]) <= slot[:, None]
         mask = causal & valid[..., None, :]
         position = jnp.take(jnp.cumsum(valid, axis=-1) - 1, slot, axis=-1)
-        exponents = jnp.arange(0, self.config.head_dim, 2) / self.config.head_dim
-        angles = position[..., None] * self.config.rope_theta**-exponents
+        angles = position[..., None] * _frequencies(self.config)
+        return lambda block, x, past: block(x, angles, mask, past, start)
 
-        x = self.embed(tokens)
-        present = []
-        for block, memory in zip(self.blocks, past, strict=True):
-            x, seen = block(x, angles, mask, memory, start)
-            present.append(seen)
-        x = self.norm(x)
-        logits = self.embed.attend(x) if self.config.tied_head else self.head(x)
-        return logits, tuple(present)
+
+def _stack(blocks: list[Block]) -> Block:
+    """One block, its parameters with a leading axis of `blocks`."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)

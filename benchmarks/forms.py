@@ -17,7 +17,7 @@ from rich import box, table
 import proma_jax as proma
 from benchmarks import measure
 from benchmarks.measure import terminal
-from experiments import records
+from experiments import environment
 from proma_jax.project import span
 
 
@@ -86,7 +86,7 @@ def main(command: Command) -> None:
             cells = [f"{1e3 * medians[form]:.3f}" for form in forms]
             shown.add_row(f"{d_in} x {d_out}", str(tokens), *cells, chosen, f"{regret:.2f}")
     file = command.directory / "forms.json"
-    measure.save(file, command, records.environment(), rows=rows)
+    measure.save(file, command, environment.current(), rows=rows)
     terminal.print(shown)
     terminal.print(f"Settings, environment, all times: {file}", highlight=False)
 

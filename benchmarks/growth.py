@@ -30,7 +30,7 @@ from rich import box, table
 
 from benchmarks import cases, decoder, measure, methods
 from benchmarks.measure import terminal
-from experiments import records
+from experiments import environment
 
 Variable = Literal["sequences", "tokens", "width", "layers", "rank"]
 Rows = list[dict[str, Any]]
@@ -268,7 +268,7 @@ def main(command: Command) -> None:
     began = time.monotonic()
     command.directory.mkdir(parents=True, exist_ok=True)
     files = [command.directory / "growth.json", command.directory / "growth.png"]
-    environment, rows = records.environment(), Rows()
+    where, rows = environment.current(), Rows()
     for variable in command.variables:
         for value in getattr(command, variable):
             at = _measure(command, variable, value)
@@ -284,7 +284,7 @@ def main(command: Command) -> None:
         variable: {method: slope(rows, variable, method) for method in (_PLAIN, *command.methods)}
         for variable in command.variables
     }
-    measure.save(files[0], command, environment, slopes=slopes, points=rows)
+    measure.save(files[0], command, where, slopes=slopes, points=rows)
     _draw(rows, command, files[1])
     terminal.print(_table(rows, command))
     measure.say_where(files[0], files[1], began)

@@ -34,7 +34,7 @@ from rich import box, table
 
 from benchmarks import cases, decoder, measure, methods, update_step
 from benchmarks.measure import terminal
-from experiments import records
+from experiments import environment
 
 _POWER_ITERATIONS = 2
 
@@ -154,7 +154,7 @@ def _print_ceilings(found: dict[str, Ceilings]) -> None:
 def main(command: Command) -> None:
     """Runs the command."""
     case = update_step.Command(size=command.size, layout=command.layout, remat=command.remat).case
-    environment = records.environment()
+    where = environment.current()
     found = ceilings(command, case)
     _print_ceilings(found)
     measured = measure.measure(
@@ -190,7 +190,7 @@ def main(command: Command) -> None:
     measure.save(
         file,
         command,
-        environment,
+        where,
         case=dataclasses.asdict(case),
         ceilings={dtype: ceiling._asdict() for dtype, ceiling in found.items()},
         plain=plain,

@@ -37,7 +37,7 @@ from rich import box, table
 
 from benchmarks import cases, decoder, hlo, measure, methods
 from benchmarks.measure import terminal
-from experiments import records
+from experiments import environment
 
 _METHODS = (
     "plain_batched",
@@ -249,7 +249,7 @@ def main(command: Command) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     file, drawing = directory / "results.json", directory / "memory.png"
     title = f"{command.name}, for one device"
-    measure.save(file, command, records.environment(), results=results)
+    measure.save(file, command, environment.current(), results=results)
     _draw(results, title, drawing)
     terminal.print(_table(results, title))
     measure.say_where(file, drawing, began)

@@ -16,7 +16,7 @@ from rich import box, table
 
 from benchmarks import cases, decoder, measure, methods
 from benchmarks.measure import terminal
-from experiments import records
+from experiments import environment
 
 Layout = Literal["unrolled", "scanned"]
 
@@ -157,7 +157,7 @@ def main(command: Command) -> None:
     steps = {name: methods.make_step(name, case) for name in command.methods}
     directory = command.directory or pathlib.Path("runs/bench") / command.name
     directory.mkdir(parents=True, exist_ok=True)
-    environment = records.environment()
+    where = environment.current()
     params, batch = cases.inputs(case, command.seed)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -166,7 +166,7 @@ def main(command: Command) -> None:
     )
     terminal.print(
         f"{command.name}: {parameters:,} parameters, {step_flops / 1e9:,.1f} GFLOP in the matmuls "
-        f"of a plain step, on {', '.join(environment['devices'])}",
+        f"of a plain step, on {', '.join(where['devices'])}",
         highlight=False,
     )
 
@@ -178,7 +178,7 @@ def main(command: Command) -> None:
     measure.save(
         files[0],
         command,
-        environment,
+        where,
         case=dataclasses.asdict(case),
         parameters=parameters,
         parameter_bytes=parameter_bytes,

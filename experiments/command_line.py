@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -23,6 +24,9 @@ from rich import text
 from experiments import files
 
 Command = TypeVar("Command")
+
+Unprefixed = tyro.conf.arg(name="")
+"""Annotates a class of settings whose flags begin with nothing."""
 
 
 def run(command: type[Command], main: Callable[[Command], None], prog: str) -> None:
@@ -68,12 +72,15 @@ def _invalid(error: BaseException | None) -> pydantic.ValidationError | None:
 def _in_flags(command: type, invalid: pydantic.ValidationError) -> str:
     """What was refused first, each `name=value` of a setting shown as its flag."""
     error = invalid.errors()[0]
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, pydantic.ValidationError):
+        return _in_flags(command, cause)
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
     else:
         allowed = re.sub(r"^\w+ should", "must", error["msg"])
         message = f"{error['loc'][0]}={error['input']} {allowed}"
-    prefix = dict(_prefixes(command))[invalid.title]
+    prefix = dict(_prefixes(command)).get(invalid.title, "")
     return re.sub(
         r"(?<!\S)([a-z_.]+)=", lambda name: f"--{prefix}{name[1]} ".replace("_", "-"), message
     )
@@ -83,8 +90,10 @@ def _prefixes(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """The name of each class of settings, and what the flags of its fields begin with."""
     yield settings.__name__, prefix
     for field in dataclasses.fields(settings):
-        if dataclasses.is_dataclass(field.type):
-            yield from _prefixes(field.type, f"{prefix}{field.name}.")
+        kind, *annotations = typing.get_args(field.type) or [field.type]
+        if dataclasses.is_dataclass(kind):
+            name = "" if Unprefixed in annotations else f"{field.name}."
+            yield from _prefixes(kind, f"{prefix}{name}")
 
 
 def _first_paragraph(box: str) -> str:

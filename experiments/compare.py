@@ -9,18 +9,23 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from experiments import checked, command_line, figures, files, preemption, report, warm_start
+from experiments.command_line import Unprefixed
+from experiments.configs import RunConfig, TrainingConfig
 from experiments.methods import MethodName
-from experiments.training import RunConfig, TrainingConfig, check_together, update_norms
+from experiments.models.settings import ModelConfig
+from experiments.tasks.settings import TaskConfig
+from experiments.training import update_norms
 
 
 @dataclass(frozen=True, config=checked.CONFIG)
 class Command:
-    """Trains all methods from one warm start, with the same prompts and seeds, and compares them.
+    """Trains all methods from one start, with the same prompts and seeds, and compares them.
 
     Run again, it goes on where it was interrupted, and takes finished runs as they are.
 
     Results go to runs/compare/<method>/seed_<seed> in the current folder, the figures of the latest
-    comparison to runs/compare/figures, and the warm start to runs/warm_start.
+    comparison to runs/compare/figures, and the warm start, where no pretrained model is named, to
+    runs/warm_start.
     """
 
     methods: Annotated[tuple[MethodName, ...], Field(min_length=1)] = (
@@ -38,13 +43,15 @@ class Command:
     """Where figures and runs go, each to <method>/seed_<seed>, with other settings beside it."""
     start_directory: pathlib.Path = pathlib.Path("runs/warm_start")
     """Where the warm start is, or will be."""
+    task: Annotated[TaskConfig, Unprefixed] = TaskConfig()
+    model: Annotated[ModelConfig, Unprefixed] = ModelConfig()
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
     training: TrainingConfig = TrainingConfig()
 
     def __post_init__(self):
         checked.check_distinct("methods", self.methods)
         checked.check_distinct("seeds", self.seeds)
-        check_together(self.methods, self.start, self.training)
+        self.training.check_with(self.methods, self.task, self.model, self.start)
         order = {method: place for place, method in enumerate(self.methods)}
         last = len(order)
         if order.get("proma_accumulation", last) > order.get("grpo_matched", last):
@@ -68,17 +75,19 @@ def _directory(command: Command, method: MethodName, seed: int) -> pathlib.Path:
 
 def _compare(command: Command, stopping: Callable[[], bool]) -> None:
     began = time.monotonic()
-    report.settings(command.training, command.start)
-    graphdef, params = report.start(command.start, command.start_directory, stopping)
+    report.settings(command)
+    policy, params = report.start(command, command.start_directory, stopping)
     results: figures.Results = {method: [] for method in command.methods}
     for seed in command.seeds:
         for method in command.methods:
             norms: tuple[float, ...] = ()
             if method == "grpo_matched":
                 norms = update_norms(results["proma_accumulation"][-1])
-            config = RunConfig(method, seed, command.start, command.training, norms)
+            config = RunConfig(
+                method, seed, command.task, command.model, command.start, command.training, norms
+            )
             directory = _directory(command, method, seed)
-            _, rows = report.train(config, graphdef, params, directory, stopping)
+            _, rows = report.train(config, policy, params, directory, stopping)
             results[method].append(rows)
     report.terminal.print(report.summary(results))
     drawn = figures.draw(results, command.directory / "figures")

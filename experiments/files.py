@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import pathlib
@@ -40,6 +41,12 @@ def replace(path: pathlib.Path, text: str) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     partial.replace(path)
+
+
+def free(path: pathlib.Path) -> pathlib.Path:
+    """The path or, if something is there, the first of <name>-2, <name>-3, ... that is free."""
+    beside = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(there for there in itertools.chain([path], beside) if not there.exists())
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ class Method(NamedTuple):
 def make_method(
     name: MethodName,
     config: MethodConfig,
-    graphdef: nnx.GraphDef,
+    policy: sampling.Policy,
     microbatches: int,
     update_norms: tuple[float, ...] = (),
 ) -> Method:
@@ -79,7 +79,7 @@ def make_method(
     Args:
         name: which one.
         config: its settings.
-        graphdef: the policy's structure.
+        policy: the policy.
         microbatches: how many make one optimizer step.
         update_norms: the length each optimizer step's update is rescaled to, for grpo_matched.
     """
@@ -87,7 +87,7 @@ def make_method(
     def loss_gradient(loss_fn):
         def gradient(params, microbatch):
             def loss(params):
-                logprobs = sampling.response_logprobs(graphdef, params, microbatch.rollouts)
+                logprobs = sampling.response_logprobs(policy, params, microbatch.rollouts)
                 return loss_fn(logprobs, microbatch)
 
             return jax.grad(loss)(params), {}
@@ -109,7 +109,7 @@ def make_method(
         )
 
     def sequence_logprob(params, rollout):
-        return jnp.sum(sampling.response_logprobs(graphdef, params, rollout))
+        return jnp.sum(sampling.response_logprobs(policy, params, rollout))
 
     def score_gradient(params, microbatch):
         _, scores = proma.sequence_scores(sequence_logprob)(params, microbatch.rollouts)

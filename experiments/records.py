@@ -22,18 +22,12 @@ damaged or shortened since is seen, and named.
 """
 
 import contextlib
-import dataclasses
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
-import platform
 import shutil
-import subprocess
-import sys
 import textwrap
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Self, TypeVar
 
@@ -44,48 +38,14 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 import proma_jax as proma
-from experiments import files
+from experiments import environment, files
 
 Row = Mapping[str, float]
 State = TypeVar("State")
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "proma_jax")
-
 
 class OtherSettings(files.Failure):
     """A directory holds a run with other settings."""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    source = pathlib.Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=source, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def environment() -> dict[str, Any]:
-    """What results may depend on beyond the settings."""
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
-        "versions": {package: _version(package) for package in _PACKAGES},
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_status": _git("status", "--porcelain"),
-    }
 
 
 def read_metrics(directory: pathlib.Path) -> list[Row]:
@@ -201,7 +161,7 @@ class Run:
         self._checkpoints = self.directory / "checkpoints"
         self._config = self.directory / "config.json"
         self._row_count = 0
-        self._settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+        self._settings = environment.plain(config)
         self._grows = grows
 
         def while_waiting():
@@ -362,7 +322,7 @@ class Run:
         self._row_count = len(rows)
         with files.using(self.directory):
             files.replace(self._config, json.dumps(self._settings, indent=2) + "\n")
-            files.replace(path, json.dumps([*earlier, environment()], indent=2) + "\n")
+            files.replace(path, json.dumps([*earlier, environment.current()], indent=2) + "\n")
             files.replace(self.directory / "metrics.jsonl", "".join(map(_line, rows)))
 
     def log(self, row: Row) -> None:

@@ -5,27 +5,48 @@ import pathlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from statistics import fmean, median, stdev
-from typing import Self
+from typing import Protocol, Self
 
 import jax
 from flax import nnx
 from rich import box, console, progress, table, text
 
-from experiments import figures, records, training, warm_start
+from experiments import configs, figures, records, sampling, starts, training, warm_start
+from experiments.models.settings import ModelConfig
+from experiments.tasks.settings import TaskConfig
 
 terminal = console.Console()
 SECONDS_BETWEEN_LINES = 10.0
 """Of progress, where there is no terminal."""
 
 
-def settings(config: training.TrainingConfig, start: warm_start.WarmStartConfig) -> None:
+class Settings(Protocol):
+    """What the settings of a run and of a comparison have in common."""
+
+    @property
+    def task(self) -> TaskConfig: ...
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def start(self) -> warm_start.WarmStartConfig: ...
+    @property
+    def training(self) -> configs.TrainingConfig: ...
+
+
+def settings(of: Settings) -> None:
     """Prints the settings that the results hang on."""
-    method, shape = config.method, start.decoder
+    config, method, shape = (
+        of.training,
+        of.training.method,
+        starts.decoder_config(of.task, of.model, of.start),
+    )
+    task, options = of.task.made, "".join(f", {option}" for option in of.task.task_options)
     terminal.print(
-        f"[bold]Task[/]     addition of numbers of up to {start.task.digits} digits\n"
-        f"[bold]Policy[/]   Qwen3-style decoder: {shape.layers} layers, width {shape.width}, "
-        f"{shape.heads} query and {shape.kv_heads} key/value heads of {shape.head_dim}, "
-        f"feed-forward {shape.hidden}\n"
+        f"[bold]Task[/]     {of.task.name}{options}: {len(task.training):,} training problems, "
+        f"{len(task.validation):,} held out\n"
+        f"[bold]Policy[/]   {of.model.model or 'small decoder'}: {shape.layers} layers, width "
+        f"{shape.width}, {shape.heads} query and {shape.kv_heads} key/value heads of "
+        f"{shape.head_dim}, feed-forward {shape.hidden}\n"
         f"[bold]Training[/] {config.steps} optimizer steps, {config.steps_per_batch} per rollout "
         f"batch of {config.prompts} prompts x {config.group_size} responses; "
         f"{config.microbatches} microbatches of {config.microbatch_size} sequences per step\n"
@@ -129,25 +150,34 @@ def _print(line: str) -> None:
 
 
 def start(
-    config: warm_start.WarmStartConfig, directory: pathlib.Path, stopping: Callable[[], bool]
-) -> tuple[nnx.GraphDef, nnx.State]:
-    """The warm start, with its progress while it trains."""
-    with _Shown("warm start", None) as shown:
-        graphdef, params = warm_start.warm_start(
-            config, directory, shown.row, stopping, shown.opened
+    of: Settings, directory: pathlib.Path, stopping: Callable[[], bool]
+) -> tuple[sampling.Policy, nnx.State]:
+    """The start, with the progress of a warm start while it trains."""
+    if of.model.model is not None:
+        policy, params = starts.pretrained(of.model)
+        how = f"as it is in {of.model.model}"
+    else:
+        with _Shown("warm start", None) as shown:
+            policy, params = warm_start.warm_start(
+                warm_start.StartConfig(of.task, of.start),
+                directory,
+                shown.row,
+                stopping,
+                shown.opened,
+            )
+        last = records.read_metrics(shown.directory)[-1]
+        how = (
+            f"greedy validation accuracy {last['validation']:.2f} after {last['step']} supervised "
+            "steps"
         )
-    last = records.read_metrics(shown.directory)[-1]
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    _print(
-        f"Warm start: {size:,} parameters, greedy validation accuracy {last['validation']:.2f} "
-        f"after {last['step']} supervised steps"
-    )
-    return graphdef, params
+    _print(f"Start: {size:,} parameters, {how}")
+    return policy, params
 
 
 def train(
-    config: training.RunConfig,
-    graphdef: nnx.GraphDef,
+    config: configs.RunConfig,
+    policy: sampling.Policy,
     params: nnx.State,
     directory: pathlib.Path,
     stopping: Callable[[], bool],
@@ -156,7 +186,7 @@ def train(
     with _Shown(f"{config.method}, seed {config.seed}", config.training.steps) as shown:
         rows = training.train(
             config,
-            graphdef,
+            policy,
             params,
             directory,
             on_open=shown.opened,

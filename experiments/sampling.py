@@ -1,23 +1,62 @@
-"""Rollouts: sampling responses from the policy with a KV cache, under jit.
+"""Rollouts: sampling responses from the policy with a key/value cache, under jit.
 
 A rollout keeps everything an update needs: the tokens, which of them are the response, and the
 log-probabilities at the time of sampling. The end token belongs to the response, so it gets its
 gradient; what follows it is padding.
 
-A policy is a pair of a static `nnx.GraphDef` and its `params`, as `nnx.split(Decoder(...))` gives.
+A policy is a `Policy`, which never changes, and its `params`, as `nnx.split(Decoder(...))` gives.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
-from experiments.models import decoder
-from experiments.tasks import addition
+from experiments import checked
+from experiments.models import decoder, tokens
+from experiments.tasks import task
 from proma_jax import policy_gradient as pg
+
+
+@dataclass(frozen=True, config=checked.CONFIG)
+class SamplingConfig:
+    """How responses are drawn from the policy."""
+
+    temperature: checked.Positive = 1.0
+    """Logits are divided by it. The policy that is trained, and whose log-probabilities, KL and
+    entropy are reported, is the one at this temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Only the likeliest tokens that make up this probability are drawn."""
+    top_k: checked.Count | None = None
+    """Only so many of the likeliest tokens are drawn; None: all."""
+
+
+_BUCKET = 32
+"""Widths are cut to multiples of it."""
+
+
+class Policy(NamedTuple):
+    """A language model, but for its parameters.
+
+    Attributes:
+        graphdef: the model's structure.
+        tokenizer: its tokens.
+        prompt_width: most tokens of a prompt.
+        response_width: most tokens of a response; one that is cut off there has no end token.
+        config: how it is sampled from.
+    """
+
+    graphdef: nnx.GraphDef
+    tokenizer: tokens.Tokenizer
+    prompt_width: int
+    response_width: int
+    config: SamplingConfig = SamplingConfig()
 
 
 class Rollouts(NamedTuple):
@@ -42,27 +81,58 @@ class Rollouts(NamedTuple):
         return self.tokens[..., -self.mask.shape[-1] :]
 
 
-def no_rollouts(task: addition.Addition, count: int) -> Rollouts:
+def no_rollouts(policy: Policy, count: int) -> Rollouts:
     """`count` rollouts of nothing but padding."""
-    tokens = jnp.full((count, task.prompt_width + task.response_width), addition.PAD, jnp.int32)
-    mask = jnp.zeros((count, task.response_width), bool)
-    return Rollouts(tokens, tokens != addition.PAD, mask, jnp.zeros(mask.shape, jnp.float32))
+    shape = count, policy.prompt_width + policy.response_width
+    mask = jnp.zeros((count, policy.response_width), bool)
+    return Rollouts(
+        tokens=jnp.full(shape, policy.tokenizer.pad, jnp.int32),
+        valid=jnp.zeros(shape, bool),
+        mask=mask,
+        logprobs=jnp.zeros(mask.shape, jnp.float32),
+    )
 
 
-def response_logits(graphdef: nnx.GraphDef, params: nnx.State, rollouts: Rollouts) -> jax.Array:
-    """Logits (..., R, V) that predict the response tokens, from one forward over the rollouts."""
-    logits = nnx.merge(graphdef, params)(rollouts.tokens, rollouts.valid)
+def response_logits(policy: Policy, params: nnx.State, rollouts: Rollouts) -> jax.Array:
+    """Logits (..., R, V) float32 of the response tokens, from one forward over the rollouts."""
+    logits = nnx.merge(policy.graphdef, params)(rollouts.tokens, rollouts.valid)
     first = logits.shape[-2] - rollouts.mask.shape[-1]
-    return logits[..., first - 1 : -1, :]
+    return logits[..., first - 1 : -1, :].astype(jnp.float32) / policy.config.temperature
 
 
-def response_logprobs(graphdef: nnx.GraphDef, params: nnx.State, rollouts: Rollouts) -> jax.Array:
+def response_logprobs(policy: Policy, params: nnx.State, rollouts: Rollouts) -> jax.Array:
     """Log-probabilities (..., R) of the response tokens, 0 outside the mask."""
-    logits = response_logits(graphdef, params, rollouts)
+    logits = response_logits(policy, params, rollouts)
     return pg.token_logprobs(logits, rollouts.responses, rollouts.mask)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "response_width", "end", "pad"))
+def _drawn(logits: jax.Array, config: SamplingConfig) -> jax.Array:
+    """Logits (n, V), with -inf for the tokens that top-k and top-p leave out."""
+    if config.top_k is not None:
+        least = jax.lax.top_k(logits, min(config.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if config.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(ordered)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        least = jnp.min(jnp.where(before < config.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+class _Sampled(NamedTuple):
+    """What sampling carries from one token to the next, n sequences side by side."""
+
+    length: jax.Array
+    token: jax.Array
+    cache: decoder.KVCache
+    running: jax.Array
+    responses: jax.Array
+    mask: jax.Array
+    logprobs: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "config", "response_width", "ends", "pad"))
 def sample(
     graphdef: nnx.GraphDef,
     params: nnx.State,
@@ -70,11 +140,12 @@ def sample(
     valid: jax.Array,
     key: jax.Array | None,
     *,
+    config: SamplingConfig,
     response_width: int,
-    end: int,
+    ends: tuple[int, ...],
     pad: int,
 ) -> Rollouts:
-    """Samples one response to each prompt at temperature 1.
+    """Samples one response to each prompt; ends when all responses have.
 
     Args:
         graphdef: the policy's structure.
@@ -82,61 +153,148 @@ def sample(
         tokens: (n, P) int32 prompts, padded on the left.
         valid: (n, P) bool, False for padding.
         key: PRNG key; None decodes greedily.
+        config: how tokens are drawn.
         response_width: most tokens R of a response; one cut off there has no end token.
-        end: the token that ends a response.
+        ends: the tokens that end a response.
         pad: the token written after it.
 
     Returns:
-        Rollouts with the n responses.
+        Rollouts with the n responses. Their log-probabilities are the policy's at
+        `config.temperature`, whatever top-p and top-k leave out.
     """
     policy = nnx.merge(graphdef, params)
     prompts, width = tokens.shape
     cache = decoder.empty_cache(policy.config, prompts, width + response_width)
     logits, cache = policy.extend(tokens, valid, cache)
+    is_end = jnp.zeros(logits.shape[-1], bool).at[jnp.array(ends)].set(True)
 
-    def step(carry, position):
-        logits, cache, running = carry
+    def draw(now: _Sampled, logits: jax.Array) -> _Sampled:
+        logits = logits.astype(jnp.float32) / config.temperature
         if key is None:
             token = jnp.argmax(logits, axis=-1)
         else:
-            token = jax.random.categorical(jax.random.fold_in(key, position), logits)
-        token = jnp.where(running, token, pad).astype(jnp.int32)
-        logprob = pg.token_logprobs(logits, token, running)
-        next_logits, cache = policy.extend(token[:, None], running[:, None], cache)
-        return (next_logits[:, 0], cache, running & (token != end)), (token, running, logprob)
+            noise = jax.random.fold_in(key, now.length)
+            token = jax.random.categorical(noise, _drawn(logits, config))
+        token = jnp.where(now.running, token, pad).astype(jnp.int32)
+        logprob = pg.token_logprobs(logits, token, now.running)
+        return now._replace(
+            length=now.length + 1,
+            token=token,
+            running=now.running & ~is_end[token],
+            responses=now.responses.at[:, now.length].set(token),
+            mask=now.mask.at[:, now.length].set(now.running),
+            logprobs=now.logprobs.at[:, now.length].set(logprob),
+        )
 
-    start = (logits[:, -1], cache, jnp.ones(prompts, bool))
-    _, (responses, mask, logprobs) = jax.lax.scan(step, start, jnp.arange(response_width))
+    def step(now: _Sampled) -> _Sampled:
+        is_valid = jax.lax.dynamic_slice_in_dim(now.mask, now.length - 1, 1, axis=1)
+        logits, cache = policy.extend(now.token[:, None], is_valid, now.cache)
+        return draw(now._replace(cache=cache), logits[:, 0])
+
+    shape = prompts, response_width
+    nothing = _Sampled(
+        length=jnp.int32(0),
+        token=jnp.zeros(prompts, jnp.int32),
+        cache=cache,
+        running=jnp.ones(prompts, bool),
+        responses=jnp.full(shape, pad, jnp.int32),
+        mask=jnp.zeros(shape, bool),
+        logprobs=jnp.zeros(shape, jnp.float32),
+    )
+    sampled = jax.lax.while_loop(
+        lambda now: (now.length < response_width) & jnp.any(now.running),
+        step,
+        draw(nothing, logits[:, -1]),
+    )
     return Rollouts(
-        tokens=jnp.concatenate([tokens, responses.T], axis=1),
-        valid=jnp.concatenate([valid, mask.T], axis=1),
-        mask=mask.T,
-        logprobs=logprobs.T,
+        tokens=jnp.concatenate([tokens, sampled.responses], axis=1),
+        valid=jnp.concatenate([valid, sampled.mask], axis=1),
+        mask=sampled.mask,
+        logprobs=sampled.logprobs,
     )
 
 
 def respond(
-    task: addition.Addition,
-    graphdef: nnx.GraphDef,
+    policy: Policy,
     params: nnx.State,
-    prompts: list[str],
+    prompts: Sequence[str | task.Chat],
     key: jax.Array | None,
+    at_a_time: int | None = None,
 ) -> Rollouts:
-    """The policy's responses to prompts, sampled with `key` or, if that is None, greedy."""
-    return sample(
-        graphdef,
-        params,
-        *task.encode_prompts(prompts),
-        key,
-        response_width=task.response_width,
-        end=addition.END,
-        pad=addition.PAD,
+    """The policy's responses to prompts.
+
+    Args:
+        policy: the policy.
+        params: its parameters.
+        prompts: n texts or chats.
+        key: PRNG key; None decodes greedily.
+        at_a_time: sequences sampled together; fewer take less memory. Default: all.
+
+    Returns:
+        n rollouts of the policy's widths.
+
+    Raises:
+        ValueError: a prompt has more tokens than the policy's widest, or none.
+    """
+    encoded, valid = tokens.padded(policy.tokenizer, prompts, policy.prompt_width)
+    cut = policy.prompt_width - _bucket(valid[:, ::-1])
+    at_a_time = min(at_a_time or len(prompts), len(prompts))
+    firsts = range(0, len(prompts), at_a_time)
+    keys = [key] if key is None or len(firsts) == 1 else jax.random.split(key, len(firsts))
+    sampled = []
+    for part, first in enumerate(firsts):
+        rows = np.arange(first, first + at_a_time) % len(prompts)
+        rollouts = sample(
+            policy.graphdef,
+            params,
+            encoded[rows, cut:],
+            valid[rows, cut:],
+            keys[part % len(keys)],
+            config=policy.config,
+            response_width=policy.response_width,
+            ends=policy.tokenizer.ends,
+            pad=policy.tokenizer.pad,
+        )
+        sampled.append(rollouts)
+    together = jax.tree.map(lambda *x: jnp.concatenate(x)[: len(prompts)], *sampled)
+    return together._replace(
+        tokens=jnp.pad(together.tokens, ((0, 0), (cut, 0)), constant_values=policy.tokenizer.pad),
+        valid=jnp.pad(together.valid, ((0, 0), (cut, 0))),
     )
 
 
-def greedy_accuracy(
-    task: addition.Addition, graphdef: nnx.GraphDef, params: nnx.State, prompts: list[str]
-) -> float:
-    """The fraction of prompts whose greedy response is right."""
-    rollouts = respond(task, graphdef, params, prompts, key=None)
-    return float(task.reward(prompts, np.asarray(rollouts.responses)).mean())
+def trimmed(rollouts: Rollouts) -> Rollouts:
+    """Rollouts without most of the columns that hold nothing but padding.
+
+    What is left has one of few widths, so that what takes it is compiled for few.
+    """
+    prompt_width = rollouts.tokens.shape[1] - rollouts.mask.shape[1]
+    first = prompt_width - _bucket(np.asarray(rollouts.valid)[:, prompt_width - 1 :: -1])
+    length = _bucket(np.asarray(rollouts.mask))
+    return Rollouts(
+        tokens=rollouts.tokens[:, first : prompt_width + length],
+        valid=rollouts.valid[:, first : prompt_width + length],
+        mask=rollouts.mask[:, :length],
+        logprobs=rollouts.logprobs[:, :length],
+    )
+
+
+def _bucket(used: np.ndarray) -> int:
+    """Columns to keep of `used` (n, width): those with a True, rounded up to 32's multiples."""
+    longest = int(np.flatnonzero(used.any(axis=0)).max(initial=0)) + 1
+    return min(-(-longest // _BUCKET) * _BUCKET, used.shape[1])
+
+
+def texts(policy: Policy, rollouts: Rollouts) -> list[str]:
+    """The responses as texts."""
+    responses, mask = np.asarray(rollouts.responses), np.asarray(rollouts.mask)
+    return [
+        policy.tokenizer.decode(response[is_valid])
+        for response, is_valid in zip(responses, mask, strict=True)
+    ]
+
+
+def ended(policy: Policy, rollouts: Rollouts) -> np.ndarray:
+    """Which responses (n,) have an end token, and were not cut off."""
+    is_end = np.isin(np.asarray(rollouts.responses), policy.tokenizer.ends)
+    return np.any(is_end & np.asarray(rollouts.mask), axis=1)

@@ -1,20 +1,25 @@
-"""`python -m experiments.train`: one method alone, from the warm start."""
+"""`python -m experiments.train`: one method alone."""
 
 import pathlib
+from typing import Annotated
 
 from pydantic.dataclasses import dataclass
 
 from experiments import checked, command_line, files, preemption, records, report, warm_start
+from experiments.command_line import Unprefixed
+from experiments.configs import RunConfig, TrainingConfig
 from experiments.methods import MethodName
-from experiments.training import RunConfig, TrainingConfig, update_norms
+from experiments.models.settings import ModelConfig
+from experiments.tasks.settings import TaskConfig
+from experiments.training import update_norms
 
 
 @dataclass(frozen=True, config=checked.CONFIG)
 class Command:
-    """Trains one method from the warm start. Run again, it goes on where it was interrupted.
+    """Trains a policy by one method. Run again, it goes on where it was interrupted.
 
-    Results go to runs/train/<method>/seed_<seed> in the current folder, the warm start to
-    runs/warm_start.
+    Results go to runs/train/<method>/seed_<seed> in the current folder, the warm start, where no
+    pretrained model is named, to runs/warm_start.
     """
 
     method: MethodName
@@ -27,6 +32,8 @@ class Command:
     """Where runs go, each to <method>/seed_<seed>, with other settings to seed_<seed>-2 and on."""
     start_directory: pathlib.Path = pathlib.Path("runs/warm_start")
     """Where the warm start is, or will be."""
+    task: Annotated[TaskConfig, Unprefixed] = TaskConfig()
+    model: Annotated[ModelConfig, Unprefixed] = ModelConfig()
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
     training: TrainingConfig = TrainingConfig()
 
@@ -50,7 +57,9 @@ class Command:
                     f"match={self.match} must be the folder of a run of training.steps={steps} "
                     f"steps or more, but has the update norms of {len(norms)}"
                 )
-        return RunConfig(self.method, self.seed, self.start, self.training, norms)
+        return RunConfig(
+            self.method, self.seed, self.task, self.model, self.start, self.training, norms
+        )
 
 
 def main(command: Command) -> None:
@@ -58,10 +67,10 @@ def main(command: Command) -> None:
     config = command.run_config()
     directory = command.directory / command.method / f"seed_{command.seed}"
     files.check_writable(directory, command.start_directory)
-    report.settings(config.training, config.start)
+    report.settings(config)
     with preemption.handled() as stopping:
-        graphdef, params = report.start(config.start, command.start_directory, stopping)
-        directory, rows = report.train(config, graphdef, params, directory, stopping)
+        policy, params = report.start(config, command.start_directory, stopping)
+        directory, rows = report.train(config, policy, params, directory, stopping)
         report.terminal.print(report.summary({command.method: [rows]}))
         report.terminal.print(
             f"Settings, environment, metrics and checkpoint: {directory}", highlight=False

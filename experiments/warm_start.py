@@ -5,10 +5,11 @@ reused by every run that asks for the same settings. A training that was interru
 and is given more steps, goes on from its last checkpoint, which every check of the accuracy leaves.
 """
 
+import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +18,19 @@ import optax
 from flax import nnx
 from pydantic.dataclasses import dataclass
 
-from experiments import checked, files, records, sampling
+from experiments import checked, files, records, sampling, validation
 from experiments.models.decoder import Decoder, DecoderConfig
-from experiments.tasks import addition
+from experiments.models.tokens import Characters, padded
+from experiments.tasks.settings import TaskConfig
+from experiments.tasks.task import Problem, ToyTask, draw
 from proma_jax import policy_gradient as pg
 
 
 @dataclass(frozen=True, config=checked.CONFIG)
 class WarmStartConfig:
-    """The task, the decoder, and its supervised training."""
+    """The decoder and its supervised training."""
 
-    task: addition.Addition = addition.Addition()
-    decoder: DecoderConfig = DecoderConfig(vocab_size=addition.VOCAB_SIZE)
+    decoder: DecoderConfig = DecoderConfig()
     target_accuracy: checked.Fraction = 0.5
     """Training ends at the first check with at least this greedy validation accuracy."""
     check_every: checked.Count = 25
@@ -45,17 +47,6 @@ class WarmStartConfig:
     """Of the decoder's initialisation and of the examples."""
 
     def __post_init__(self):
-        if self.decoder.vocab_size < addition.VOCAB_SIZE:
-            raise ValueError(
-                f"decoder.vocab_size={self.decoder.vocab_size} must be at least "
-                f"{addition.VOCAB_SIZE}, the task's tokens"
-            )
-        if self.batch_size > self.task.training_problems:
-            raise ValueError(
-                f"batch_size={self.batch_size} must be at most {self.task.training_problems}, the "
-                f"training problems with task.digits={self.task.digits} and "
-                f"task.validation_problems={self.task.validation_problems}"
-            )
         if self.check_every > self.max_steps:
             raise ValueError(
                 f"check_every={self.check_every} must be at most max_steps={self.max_steps}, or "
@@ -63,11 +54,73 @@ class WarmStartConfig:
             )
 
 
-def examples(task: addition.Addition, prompts: list[str]) -> sampling.Rollouts:
+@dataclass(frozen=True, config=checked.CONFIG)
+class StartConfig:
+    """All that a start depends on."""
+
+    task: TaskConfig
+    start: WarmStartConfig
+
+    def __post_init__(self):
+        task = self.task.made
+        if not hasattr(task, "characters"):
+            raise ValueError(
+                f"task={self.task.name} is not one that a small decoder can begin with, which has "
+                "characters, answers, and widths: choose the model folder that training begins with"
+            )
+        size, tokens = self.start.decoder.vocab_size, Characters(task.characters).size
+        if size and size < tokens:
+            raise ValueError(
+                f"start.decoder.vocab_size={size} must be at least {tokens}, the task's tokens, or "
+                "0, which means as many"
+            )
+        if self.start.batch_size > len(task.training):
+            raise ValueError(
+                f"start.batch_size={self.start.batch_size} must be at most {len(task.training)}, "
+                "the task's training problems"
+            )
+
+    @functools.cached_property
+    def toy_task(self) -> ToyTask:
+        """The task, which answers its own problems."""
+        return cast(ToyTask, self.task.made)
+
+    @functools.cached_property
+    def decoder(self) -> DecoderConfig:
+        """The decoder's shape, its table's rows included."""
+        shape, size = self.start.decoder, Characters(self.toy_task.characters).size
+        return dataclasses.replace(shape, vocab_size=shape.vocab_size or size)
+
+    @functools.cached_property
+    def policy(self) -> sampling.Policy:
+        """The decoder as yet untrained, and how it reads and writes."""
+        return sampling.Policy(
+            graphdef=nnx.split(self._new_decoder())[0],
+            tokenizer=Characters(self.toy_task.characters),
+            prompt_width=self.toy_task.longest_prompt,
+            response_width=self.toy_task.longest_response + 1,
+        )
+
+    def _new_decoder(self) -> Decoder:
+        return Decoder(self.decoder, rngs=nnx.Rngs(self.start.seed))
+
+    def new_params(self) -> nnx.State:
+        """The decoder's parameters before training."""
+        return nnx.split(self._new_decoder())[1]
+
+
+def examples(
+    policy: sampling.Policy, task: ToyTask, problems: Sequence[Problem]
+) -> sampling.Rollouts:
     """Worked examples in the form of rollouts: the prompts with their answers as responses."""
-    tokens, valid = task.encode_prompts(prompts)
-    responses = task.encode_responses([task.answer(prompt) for prompt in prompts])
-    mask = responses != addition.PAD
+    tokens, valid = padded(
+        policy.tokenizer, [problem.prompt for problem in problems], policy.prompt_width
+    )
+    answers = [policy.tokenizer.encode(task.answer(problem)) for problem in problems]
+    responses = np.full((len(problems), policy.response_width), policy.tokenizer.pad, np.int32)
+    for row, answer in zip(responses, answers, strict=True):
+        row[: len(answer) + 1] = [*answer, policy.tokenizer.ends[0]]
+    mask = responses != policy.tokenizer.pad
     return sampling.Rollouts(
         tokens=jnp.concatenate([tokens, responses], axis=1),
         valid=jnp.concatenate([valid, mask], axis=1),
@@ -86,12 +139,12 @@ class State(NamedTuple):
 
 
 def warm_start(
-    config: WarmStartConfig,
+    config: StartConfig,
     directory: pathlib.Path,
     on_row: Callable[[records.Row], None] = lambda row: None,
     stopping: Callable[[], bool] = lambda: False,
     on_open: Callable[[records.Run, bool], None] = lambda run, finished: None,
-) -> tuple[nnx.GraphDef, nnx.State]:
+) -> tuple[sampling.Policy, nnx.State]:
     """The trained policy, as it is if it is there.
 
     Args:
@@ -105,7 +158,7 @@ def warm_start(
         on_open: called with the start's records, and whether it is finished.
 
     Returns:
-        The decoder as `nnx.split` gives it.
+        The policy and its parameters.
 
     Raises:
         files.Failure: the directory holds a checkpoint that does not fit, is damaged, cannot be
@@ -113,55 +166,54 @@ def warm_start(
             the target was not reached within max_steps.
         records.Preempted: `stopping` said so; what was done is saved.
     """
-    task = config.task
-    graphdef, params = nnx.split(Decoder(config.decoder, rngs=nnx.Rngs(config.seed)))
+    settings, task, policy = config.start, config.toy_task, config.policy
+    params = config.new_params()
     optimizer = optax.chain(
-        optax.clip_by_global_norm(config.max_gradient_norm), optax.adamw(config.learning_rate)
+        optax.clip_by_global_norm(settings.max_gradient_norm), optax.adamw(settings.learning_rate)
     )
-    with records.Run.beside(directory, config, stopping, grows=("max_steps",)) as run:
+    with records.Run.beside(directory, config, stopping, grows=("start.max_steps",)) as run:
         fresh = State(params, optimizer.init(params), jnp.float32(jnp.nan))
         state = run.restore(fresh)
         rows = run.rows()
-        finished = bool(state.accuracy >= config.target_accuracy)
+        finished = bool(state.accuracy >= settings.target_accuracy)
         on_open(run, finished)
         if finished:
-            return graphdef, state.params
+            return policy, state.params
         run.begin(state, rows)
         done = run.step or 0
-        rng = np.random.default_rng(config.seed)
-        validation_prompts = task.validation_prompts()
-        for step in range(1, config.max_steps + 1):
-            prompts = task.training_prompts(config.batch_size, rng)
+        rng = np.random.default_rng(settings.seed)
+        for step in range(1, settings.max_steps + 1):
+            problems = draw(task, settings.batch_size, rng)
             if step <= done:
                 continue
+            batch = examples(policy, task, problems)
             loss, params, opt_state = _update(
-                optimizer, graphdef, state.params, state.opt_state, examples(task, prompts)
+                optimizer, policy, state.params, state.opt_state, batch
             )
             state = State(params, opt_state, state.accuracy)
             row = {"step": step, "loss": float(loss)}
             run.check_finite(row, (params, opt_state))
-            if step % config.check_every == 0:
-                accuracy = sampling.greedy_accuracy(task, graphdef, params, validation_prompts)
-                state = state._replace(accuracy=jnp.float32(accuracy))
-                row["validation"] = accuracy
+            if step % settings.check_every == 0:
+                row |= validation.scores(policy, params, task)
+                state = state._replace(accuracy=jnp.float32(row["validation"]))
                 run.log(row)
                 run.save(step, state)
             on_row(row)
-            if state.accuracy >= config.target_accuracy:
-                return graphdef, params
+            if state.accuracy >= settings.target_accuracy:
+                return policy, params
             if stopping():
                 run.stop(step, state)
     raise files.Failure(
         f"The warm start has a greedy validation accuracy of {state.accuracy:.2f} after "
-        f"{config.max_steps} steps, below --start.target-accuracy {config.target_accuracy}. With a "
-        "larger --start.max-steps it goes on; with a lower target another begins."
+        f"{settings.max_steps} steps, below --start.target-accuracy {settings.target_accuracy}. "
+        "With a larger --start.max-steps it goes on; with a lower target another begins."
     )
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer", "graphdef"))
-def _update(optimizer, graphdef, params, opt_state, batch):
+@functools.partial(jax.jit, static_argnames=("optimizer", "policy"))
+def _update(optimizer, policy, params, opt_state, batch):
     def loss_fn(params):
-        logprobs = sampling.response_logprobs(graphdef, params, batch)
+        logprobs = sampling.response_logprobs(policy, params, batch)
         weights = pg.token_mean_coefficients(jnp.ones(len(batch.mask)), batch.mask.sum())
         return pg.reinforce_loss(logprobs, weights, batch.mask)
 

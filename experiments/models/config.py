@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 import tyro
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from experiments import checked
@@ -33,8 +34,8 @@ class Llama3Rope:
 class DecoderConfig:
     """The shape of a decoder."""
 
-    vocab_size: checked.Count = 14
-    """Rows of the embedding table."""
+    vocab_size: Annotated[int, Field(ge=0)] = 0
+    """Rows of the embedding table. With 0 a warm start takes as many as its task has tokens."""
     width: checked.Count = 96
     """Features of the residual stream."""
     layers: checked.Count = 2

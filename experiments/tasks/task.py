@@ -128,6 +128,11 @@ class LazyProblems(Sequence[Problem]):
         return self._make(self._places[place])
 
 
+def draw(task: Task, count: int, rng: np.random.Generator) -> list[Problem]:
+    """`count` training problems, drawn without replacement."""
+    return [task.training[int(i)] for i in rng.choice(len(task.training), count, replace=False)]
+
+
 def graded(
     task: Task, problems: Sequence[Problem], responses: Sequence[str]
 ) -> dict[str, np.ndarray]:

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from experiments import command_line, compare, figures, files, methods, records, train, training
+from experiments import (
+    command_line,
+    compare,
+    configs,
+    figures,
+    files,
+    methods,
+    records,
+    train,
+    training,
+)
 from tests.experiments import tiny
 
 
@@ -89,24 +99,24 @@ REFUSED = [
         ("--start.learning-rate nan", "must be a finite number"),
         ("--start.max-gradient-norm -1.0", "must be greater than 0"),
         ("--start.seed -1", "must be greater than or equal to 0"),
-        ("--start.task.digits 0", "must be greater than or equal to 1"),
-        ("--start.task.digits 5", "must be less than or equal to 4"),
-        ("--start.task.validation-problems 0", "must be greater than or equal to 1"),
-        ("--start.task.seed -1", "must be greater than or equal to 0"),
+        ("--prompt-tokens 0", "must be greater than or equal to 1"),
+        ("--training.sampling.top-p 0.0", "must be greater than 0"),
+        ("--training.sampling.temperature 0.0", "must be greater than 0"),
+        ("--task-options digits", "must be NAME=VALUE"),
+        ("--data problems.jsonl", "and --reward None must be given together"),
         ("--start.decoder.layers 0", "must be greater than or equal to 1"),
         ("--start.decoder.kv-heads 0", "must be greater than or equal to 1"),
         ("--start.decoder.rope-theta 0.0", "must be greater than 0"),
         ("--start.decoder.norm-epsilon inf", "must be a finite number"),
         ("--start.decoder.head-dim 7", "must be even"),
         ("--start.decoder.heads 3", "must be a multiple of --start.decoder.kv-heads 2"),
-        ("--start.decoder.vocab-size 5", "must be at least 14, the task's tokens"),
+        ("--start.decoder.vocab-size 5", "must be at least 14, the task's tokens, or 0"),
         ("--start.check-every 2001", "must be at most --start.max-steps 2000"),
-        ("--start.batch-size 9489", "must be at most 9488, the training problems with "),
-        ("--training.prompts 9490", "must be at most 9488, the training problems with "),
+        ("--start.batch-size 9489", "must be at most 9488, the task's training problems"),
+        ("--training.prompts 9490", "must be at most 9488, the training problems of addition"),
         ("--training.steps 3", "must be a multiple of --training.steps-per-batch 2"),
         ("--training.prompts 127", "must be a multiple of --training.steps-per-batch 2"),
         ("--training.microbatch-size 7", "must divide the 512 sequences of an optimizer step"),
-        ("--start.task.validation-problems 10000", "must be fewer than the 10000 problems"),
         ("--match elsewhere", f"with {ACCUMULATION}: grpo_matched needs the folder"),
     ]
 ]
@@ -188,13 +198,14 @@ def test_the_run_to_match_gives_as_many_norms_as_there_are_steps(tmp_path):
 def test_compare_with_other_settings_goes_beside_and_comes_back(tmp_path):
     def compare_at(learning_rate):
         method = methods.MethodConfig(learning_rate=learning_rate)
-        settings = training.TrainingConfig(steps=2, prompts=4, microbatch_size=4, method=method)
+        settings = configs.TrainingConfig(steps=2, prompts=4, microbatch_size=4, method=method)
         command = compare.Command(
             methods=("proma_accumulation", "grpo_matched"),
             seeds=(0,),
             directory=tmp_path / "runs",
             start_directory=tmp_path / "start",
-            start=tiny.START,
+            task=tiny.TASK,
+            start=tiny.WARM,
             training=settings,
         )
         compare.main(command)

@@ -24,11 +24,22 @@ import orbax.checkpoint as ocp
 import pytest
 
 import proma_jax as proma
-from experiments import compare, files, methods, preemption, records, train, training, warm_start
+from experiments import (
+    compare,
+    configs,
+    files,
+    methods,
+    preemption,
+    records,
+    train,
+    training,
+    warm_start,
+)
 from tests.experiments import tiny
 
-START = dataclasses.replace(tiny.START, check_every=warm_start.WarmStartConfig.check_every)
-TRAINING = training.TrainingConfig(
+WARM = dataclasses.replace(tiny.WARM, check_every=warm_start.WarmStartConfig.check_every)
+START = warm_start.StartConfig(tiny.TASK, WARM)
+TRAINING = configs.TrainingConfig(
     steps=60,
     prompts=20,
     group_size=4,
@@ -47,7 +58,8 @@ def train_command(directory, start_directory, method="reinforce", steps=TRAINING
         method=method,
         directory=directory,
         start_directory=start_directory,
-        start=START,
+        task=tiny.TASK,
+        start=WARM,
         training=dataclasses.replace(TRAINING, steps=steps),
     )
 
@@ -190,7 +202,8 @@ def test_compare_stops_in_the_warm_start_and_in_a_run(uninterrupted, tmp_path):
         seeds=(0,),
         directory=tmp_path,
         start_directory=tmp_path / "start",
-        start=START,
+        task=tiny.TASK,
+        start=WARM,
         training=TRAINING,
     )
     process = start_process(command, tmp_path / "output")
@@ -198,7 +211,7 @@ def test_compare_stops_in_the_warm_start_and_in_a_run(uninterrupted, tmp_path):
     process.terminate()
     process.join()
     assert process.exitcode == 0
-    assert 1 <= saved_step(tmp_path / "start") < START.check_every
+    assert 1 <= saved_step(tmp_path / "start") < WARM.check_every
     assert f"checkpoint in {tmp_path / 'start'}" in (tmp_path / "output").read_text()
     assert not (tmp_path / "reinforce").exists()
 
@@ -262,7 +275,8 @@ def test_a_command_finds_its_folder_unwritable_before_the_warm_start(module, tmp
         **settings,
         directory=tmp_path / "file",
         start_directory=tmp_path / "start",
-        start=START,
+        task=tiny.TASK,
+        start=WARM,
         training=TRAINING,
     )
     with pytest.raises(files.Failure, match=r"file/.* cannot be used: .* choose another"):
@@ -318,7 +332,7 @@ def test_a_second_process_waits_for_the_first(state, tmp_path, caplog):
 
 def test_who_waits_for_another_process_can_be_stopped(uninterrupted, tmp_path):
     start = warm_start.warm_start(START, uninterrupted() / "start")
-    config = training.RunConfig("reinforce", 0, START, TRAINING)
+    config = configs.RunConfig("reinforce", task=tiny.TASK, start=WARM, training=TRAINING)
     waiting = [
         functools.partial(warm_start.warm_start, START, tmp_path),
         functools.partial(training.train, config, *start, tmp_path),

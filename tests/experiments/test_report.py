@@ -8,13 +8,13 @@ import threading
 import pytest
 from rich import console
 
-from experiments import preemption, records, report, training
+from experiments import configs, preemption, records, report
 from tests.experiments import tiny
 
-SETTINGS = training.TrainingConfig(
+SETTINGS = configs.TrainingConfig(
     steps=4, prompts=4, group_size=4, microbatch_size=4, validation_every=2, checkpoint_every=2
 )
-CONFIG = training.RunConfig("reinforce", 0, tiny.START, SETTINGS)
+CONFIG = tiny.run_config("reinforce", SETTINGS)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def never():
 
 
 def run_all(directory, config=CONFIG):
-    start = report.start(config.start, directory / "start", never)
+    start = report.start(config, directory / "start", never)
     return report.train(config, *start, directory / "run", never)
 
 
@@ -42,7 +42,7 @@ def test_a_run_is_shown_in_lines_where_there_is_no_terminal(shown, tmp_path, mon
     assert lines[1] == "warm start  0/?  compiling"
     assert lines[2].startswith("warm start  1/?  loss ")
     assert lines[3].endswith(" s/step")
-    assert lines[52].startswith("Warm start: 1,824 parameters, ")
+    assert lines[52].startswith("Start: 1,824 parameters, ")
     begun, compiling, first, second, third, last = lines[53:]
     assert begun == f"reinforce, seed 0: begun, in {tmp_path / 'run'}"
     assert compiling == "reinforce, seed 0  0/4  compiling"
@@ -79,7 +79,7 @@ def test_a_run_is_shown_as_a_bar_in_a_terminal(tmp_path, monkeypatch):
 
 
 def test_where_a_run_begins_is_said(shown, tmp_path):
-    start = report.start(CONFIG.start, tmp_path / "start", never)
+    start = report.start(CONFIG, tmp_path / "start", never)
     shorter = dataclasses.replace(CONFIG, training=dataclasses.replace(SETTINGS, steps=2))
     report.train(shorter, *start, tmp_path / "run", never)
     shown.truncate(0)

@@ -14,10 +14,22 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import files, methods, records, sampling, training, warm_start
+from experiments import (
+    batches,
+    configs,
+    files,
+    methods,
+    records,
+    sampling,
+    training,
+    validation,
+    warm_start,
+)
+from experiments.tasks.task import Problem
+from tests.experiments import tiny
 from tests.experiments.tiny import START
 
-TRAINING = training.TrainingConfig(
+TRAINING = configs.TrainingConfig(
     steps=6,
     prompts=8,
     group_size=4,
@@ -42,7 +54,11 @@ METRICS = {
 
 
 def config_of(method, **changes):
-    return training.RunConfig(method, 0, START, TRAINING, **changes)
+    return tiny.run_config(method, TRAINING, **changes)
+
+
+def start_config(**changes):
+    return warm_start.StartConfig(tiny.TASK, dataclasses.replace(tiny.WARM, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +134,7 @@ def test_matched_updates_have_the_norms_of_the_other_run(runs):
 def test_proma_without_shrinkage_is_reinforce(method, start, runs, tmp_path):
     unshrunk = dataclasses.replace(TRAINING.method, shrinkage=0.0)
     settings = dataclasses.replace(TRAINING, steps=2, method=unshrunk)
-    rows = training.train(training.RunConfig(method, 0, START, settings), *start, tmp_path)
+    rows = training.train(tiny.run_config(method, settings), *start, tmp_path)
     for row, expected in zip(rows[1:], runs["reinforce"][1:3], strict=True):
         for key in ("gradient_norm", "update_norm", "step_kl", "entropy"):
             np.testing.assert_allclose(row[key], expected[key], rtol=1e-3)
@@ -200,7 +216,7 @@ def test_a_run_that_diverges_stops_there_unfinished(poison, start, tmp_path, mon
 
 
 def test_a_warm_start_that_diverges_stops_there(tmp_path):
-    config = dataclasses.replace(START, learning_rate=1e30)
+    config = start_config(learning_rate=1e30)
     with pytest.raises(files.Failure, match=r"Step \d+ gave .* with no checkpoint"):
         warm_start.warm_start(config, tmp_path)
     assert not list(tmp_path.glob("checkpoints/*"))
@@ -213,7 +229,7 @@ def test_a_directory_does_not_mix_settings(start, tmp_path):
     with pytest.raises(
         records.OtherSettings, match=r"training\.method\.learning_rate: 0\.003 there, 1\.0 now"
     ):
-        records.Run(tmp_path, training.RunConfig("grpo", 0, START, other))
+        records.Run(tmp_path, tiny.run_config("grpo", other))
 
 
 @pytest.fixture
@@ -234,7 +250,7 @@ def compiled():
 @pytest.mark.parametrize("method", ["reinforce", "proma_accumulation", "proma_intra"])
 def test_only_the_first_step_compiles_and_it_is_not_timed(method, compiled, tmp_path, monkeypatch):
     settings = dataclasses.replace(TRAINING, validation_every=1)
-    config = training.RunConfig(method, 0, START, settings)
+    config = tiny.run_config(method, settings)
     warm_start.warm_start(START, tmp_path / "start")
 
     def train(until):
@@ -292,7 +308,7 @@ def test_a_finished_run_that_is_asked_for_more_steps_goes_on(validation_every, s
 def test_a_matched_run_goes_on_with_the_run_that_it_matches(start, runs, tmp_path):
     norms = training.update_norms(runs["proma_accumulation"])
     two_steps = dataclasses.replace(TRAINING, steps=2)
-    shorter = training.RunConfig("grpo_matched", 0, START, two_steps, norms[:2])
+    shorter = tiny.run_config("grpo_matched", two_steps, update_norms=norms[:2])
     training.train(shorter, *start, tmp_path / "run")
     longer = config_of("grpo_matched", update_norms=norms)
     rows = training.train(longer, *start, tmp_path / "run")
@@ -335,7 +351,7 @@ def test_a_start_that_failed_keeps_its_folder_free(start, tmp_path, monkeypatch)
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "collect", fail)
+        patched.setattr(batches, "collect", fail)
         with pytest.raises(MemoryError):
             training.train(config, *start, directory)
     assert (directory / "config.json").exists()
@@ -362,16 +378,17 @@ def test_a_run_in_progress_with_other_settings_is_not_waited_for(start, tmp_path
 
 def test_a_minibatch_holds_whole_groups_spread_over_microbatches(start):
     config = config_of("grpo")
-    rollouts = training.collect(config, *start, batch=0)
-    reward, minibatches = training.divide(config, rollouts, batch=0)
-    assert 0 < reward < 1
-    assert len(minibatches) == 2
+    rollouts = batches.collect(config, *start, batch=0)
+    batch = batches.divide(config, start[0], rollouts, batch=0)
+    assert 0 < batch.described["reward"] < 1
+    assert 2 <= batch.described["response_tokens"] <= 3
+    assert len(batch.minibatches) == 2
     tokens = []
-    for microbatches in minibatches:
+    for microbatches in batch.minibatches:
         chex.assert_shape(microbatches.coefficients, (4, 4))
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), microbatches)
         tokens.append(flat.rollouts.tokens)
-        prompts = flat.rollouts.tokens[:, : START.task.prompt_width]
+        prompts = flat.rollouts.tokens[:, : start[0].prompt_width]
         groups = np.unique(prompts, axis=0, return_inverse=True)[1]
         assert np.bincount(groups).tolist() == [4] * 4
         assert any(len(set(groups[i : i + 4])) > 1 for i in range(0, 16, 4))
@@ -383,13 +400,14 @@ def test_a_minibatch_holds_whole_groups_spread_over_microbatches(start):
 
 def test_weights_are_the_advantages_over_the_minibatch_tokens(start):
     config = config_of("grpo")
-    rollouts = training.collect(config, *start, batch=0)
-    _, (microbatches, _) = training.divide(config, rollouts, batch=0)
+    rollouts = batches.collect(config, *start, batch=0)
+    microbatches, _ = batches.divide(config, start[0], rollouts, batch=0).minibatches
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), microbatches)
-    prompts = flat.rollouts.tokens[:, : START.task.prompt_width]
+    prompts = flat.rollouts.tokens[:, : start[0].prompt_width]
     groups = np.unique(prompts, axis=0, return_inverse=True)[1]
-    text = ["".join("??0123456789+="[token] for token in row if token > 1) for row in prompts]
-    rewards = START.task.reward(text, flat.rollouts.responses)
+    problems = [Problem(start[0].tokenizer.decode(row[row > 1])) for row in prompts]
+    responses = sampling.texts(start[0], flat.rollouts)
+    rewards = np.array(config.task.made.grade(problems, responses)["reward"])
     for group in range(4):
         r = rewards[groups == group]
         expected = -(r - r.mean()) / (r.std(ddof=1) + 1e-6) / flat.rollouts.mask.sum()
@@ -415,10 +433,9 @@ def test_matched_runs_need_norms():
 
 
 def test_warm_start_is_reused_and_reaches_its_target(tmp_path):
-    config = dataclasses.replace(START, target_accuracy=0.1, check_every=25)
-    graphdef, params = warm_start.warm_start(config, tmp_path)
-    prompts = config.task.validation_prompts()
-    reached = sampling.greedy_accuracy(config.task, graphdef, params, prompts)
+    config = start_config(target_accuracy=0.1, check_every=25)
+    policy, params = warm_start.warm_start(config, tmp_path)
+    reached = validation.scores(policy, params, config.task.made)["validation"]
     assert reached >= 0.1
     assert records.read_metrics(tmp_path)[-1]["validation"] == pytest.approx(reached)
     again = warm_start.warm_start(config, tmp_path, lambda row: pytest.fail("trained again"))
@@ -438,16 +455,16 @@ def test_damage_to_what_is_finished_is_named_too(start, tmp_path):
 
 
 def test_a_warm_start_that_falls_short_is_an_error(tmp_path):
-    config = dataclasses.replace(START, target_accuracy=1.0, max_steps=2, check_every=1)
+    config = start_config(target_accuracy=1.0, max_steps=2, check_every=1)
     with pytest.raises(files.Failure, match="after 2 steps"):
         warm_start.warm_start(config, tmp_path)
 
 
 def test_a_warm_start_that_fell_short_goes_on_when_it_is_given_more_steps(tmp_path):
-    config = dataclasses.replace(START, target_accuracy=0.1, check_every=25)
+    config = start_config(target_accuracy=0.1, check_every=25)
     expected = warm_start.warm_start(config, tmp_path / "expected")
     steps = records.read_metrics(tmp_path / "expected")[-1]["step"]
-    short = dataclasses.replace(config, max_steps=steps - 1)
+    short = start_config(target_accuracy=0.1, check_every=25, max_steps=steps - 1)
     with pytest.raises(files.Failure, match=f"after {steps - 1} steps"):
         warm_start.warm_start(short, tmp_path / "start")
     chex.assert_trees_all_equal(warm_start.warm_start(config, tmp_path / "start"), expected)

@@ -1,0 +1,111 @@
+"""The settings of a run: all that its results depend on."""
+
+from collections.abc import Collection
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from experiments import checked, methods, starts, warm_start
+from experiments.models.settings import ModelConfig
+from experiments.sampling import SamplingConfig
+from experiments.tasks.settings import TaskConfig
+
+
+@dataclass(frozen=True, config=checked.CONFIG)
+class TrainingConfig:
+    """Settings of a run that are the same for all methods."""
+
+    steps: checked.Count = 40
+    """Optimizer steps. A finished run goes on if it is asked for more."""
+    prompts: checked.Count = 128
+    """Prompts in a rollout batch."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Responses sampled to each prompt; rewards count relative to their mean."""
+    steps_per_batch: checked.Count = 2
+    """Optimizer steps per rollout batch; each takes its share of the prompts."""
+    microbatch_size: checked.Count = 8
+    """Sequences in a microbatch."""
+    sequences_at_a_time: checked.Count = 1024
+    """Sequences that are sampled, or whose KL is measured, together; fewer take less memory."""
+    validation_problems: checked.Count | None = None
+    """Problems of a validation, the first ones; None: all."""
+    validation_every: checked.Count = 4
+    """Optimizer steps between two greedy validations; the last step is validated too."""
+    checkpoint_every: checked.Count = 10
+    """Optimizer steps between two checkpoints."""
+    sampling: SamplingConfig = SamplingConfig()
+    method: methods.MethodConfig = methods.MethodConfig()
+
+    def __post_init__(self):
+        if self.steps % self.steps_per_batch:
+            raise ValueError(
+                f"steps={self.steps} must be a multiple of steps_per_batch={self.steps_per_batch}"
+            )
+        if self.prompts % self.steps_per_batch:
+            raise ValueError(
+                f"prompts={self.prompts} must be a multiple of "
+                f"steps_per_batch={self.steps_per_batch}"
+            )
+        if self.sequences_per_step % self.microbatch_size:
+            raise ValueError(
+                f"microbatch_size={self.microbatch_size} must divide the {self.sequences_per_step} "
+                f"sequences of an optimizer step, which are prompts={self.prompts} times "
+                f"group_size={self.group_size} over steps_per_batch={self.steps_per_batch}"
+            )
+
+    def check_with(
+        self,
+        names: Collection[methods.MethodName],
+        task: TaskConfig,
+        model: ModelConfig,
+        start: warm_start.WarmStartConfig,
+    ) -> None:
+        """Raises a ValueError if methods cannot be trained on the task from this start."""
+        problems = len(task.made.training)
+        if self.prompts > problems:
+            raise ValueError(
+                f"training.prompts={self.prompts} must be at most {problems}, the training "
+                f"problems of {task.name}"
+            )
+        narrowest = starts.decoder_config(task, model, start).narrowest
+        if "proma_intra" in names and self.method.rank > narrowest:
+            raise ValueError(
+                f"training.method.rank={self.method.rank} must be at most {narrowest}, the inputs "
+                "or outputs of the decoder's narrowest matrix"
+            )
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences that one optimizer step learns from."""
+        return self.prompts * self.group_size // self.steps_per_batch
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches of one optimizer step."""
+        return self.sequences_per_step // self.microbatch_size
+
+
+@dataclass(frozen=True, config=checked.CONFIG)
+class RunConfig:
+    """All that a run's results depend on."""
+
+    method: methods.MethodName
+    """Which method to train with."""
+    seed: checked.Seed = 0
+    """Of prompts, sampling and shuffling."""
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
+    training: TrainingConfig = TrainingConfig()
+    update_norms: tuple[checked.NotNegative, ...] = ()
+    """grpo_matched: the global norm that each optimizer step's update is rescaled to."""
+
+    def __post_init__(self):
+        self.training.check_with([self.method], self.task, self.model, self.start)
+        needed = self.training.steps if self.method == "grpo_matched" else 0
+        if len(self.update_norms) != needed:
+            raise ValueError(
+                f"{len(self.update_norms)} update_norms for method={self.method!r}, which needs "
+                f"{needed}: grpo_matched takes one per optimizer step, the others none"
+            )

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from experiments import checked, command_line, sampling, starts
 from experiments.models.settings import DType, ModelConfig
+from experiments.sampling import SamplingConfig
 from experiments.tasks.task import Chat
 
 
@@ -34,7 +35,7 @@ class Command:
     """Most tokens of a response."""
     seed: checked.Seed = 0
     """Of what is drawn."""
-    sampling: sampling.SamplingConfig = sampling.SamplingConfig()
+    drawing: Annotated[SamplingConfig, command_line.Unprefixed] = SamplingConfig()
     dtype: DType = "float32"
     """Of parameters and computation."""
     json: bool = False
@@ -63,7 +64,7 @@ def main(command: Command) -> None:
     prompts = [prompt for prompt in command.prompt for _ in range(command.samples)]
     asked = [command.asked(prompt) for prompt in prompts]
     widest = max(len(policy.tokenizer.encode(prompt)) for prompt in asked)
-    policy = policy._replace(prompt_width=widest, config=command.sampling)
+    policy = policy._replace(prompt_width=widest, config=command.drawing)
     key = None if command.greedy else jax.random.key(command.seed)
     rollouts = sampling.respond(policy, params, asked, key)
     responses = sampling.texts(policy, rollouts)

@@ -50,6 +50,8 @@ class Policy(NamedTuple):
         prompt_width: most tokens of a prompt.
         response_width: most tokens of a response; one that is cut off there has no end token.
         config: how it is sampled from.
+        logits_at_a_time: tokens of a sequence whose logits are formed together for their
+            log-probabilities; None: all. Fewer take less memory, above all with large vocabularies.
     """
 
     graphdef: nnx.GraphDef
@@ -57,6 +59,7 @@ class Policy(NamedTuple):
     prompt_width: int
     response_width: int
     config: SamplingConfig = SamplingConfig()
+    logits_at_a_time: int | None = None
 
 
 class Rollouts(NamedTuple):
@@ -95,15 +98,32 @@ def no_rollouts(policy: Policy, count: int) -> Rollouts:
 
 def response_logits(policy: Policy, params: nnx.State, rollouts: Rollouts) -> jax.Array:
     """Logits (..., R, V) float32 of the response tokens, from one forward over the rollouts."""
-    logits = nnx.merge(policy.graphdef, params)(rollouts.tokens, rollouts.valid)
-    first = logits.shape[-2] - rollouts.mask.shape[-1]
-    return logits[..., first - 1 : -1, :].astype(jnp.float32) / policy.config.temperature
+    model = nnx.merge(policy.graphdef, params)
+    logits = model.logits(_before_responses(model, rollouts))
+    return logits.astype(jnp.float32) / policy.config.temperature
 
 
 def response_logprobs(policy: Policy, params: nnx.State, rollouts: Rollouts) -> jax.Array:
-    """Log-probabilities (..., R) of the response tokens, 0 outside the mask."""
-    logits = response_logits(policy, params, rollouts)
-    return pg.token_logprobs(logits, rollouts.responses, rollouts.mask)
+    """Log-probabilities (..., R) float32 of the response tokens, 0 outside the mask."""
+    if policy.logits_at_a_time is None:
+        logits = response_logits(policy, params, rollouts)
+        return pg.token_logprobs(logits, rollouts.responses, rollouts.mask)
+    model = nnx.merge(policy.graphdef, params)
+    hidden = _before_responses(model, rollouts).astype(jnp.float32) / policy.config.temperature
+    return pg.chunked_token_logprobs(
+        hidden,
+        model.head_kernel,
+        rollouts.responses,
+        rollouts.mask,
+        chunk_size=policy.logits_at_a_time,
+    )
+
+
+def _before_responses(model: decoder.Decoder, rollouts: Rollouts) -> jax.Array:
+    """Hidden states (..., R, width) of the tokens before the response tokens."""
+    hidden = model.hidden(rollouts.tokens, rollouts.valid)
+    first = hidden.shape[-2] - rollouts.mask.shape[-1]
+    return hidden[..., first - 1 : -1, :]
 
 
 def _drawn(logits: jax.Array, config: SamplingConfig) -> jax.Array:
@@ -165,7 +185,8 @@ def sample(
     policy = nnx.merge(graphdef, params)
     prompts, width = tokens.shape
     cache = decoder.empty_cache(policy.config, prompts, width + response_width)
-    logits, cache = policy.extend(tokens, valid, cache)
+    hidden, cache = policy.extend_hidden(tokens, valid, cache)
+    logits = policy.logits(hidden[:, -1])
     is_end = jnp.zeros(logits.shape[-1], bool).at[jnp.array(ends)].set(True)
 
     def draw(now: _Sampled, logits: jax.Array) -> _Sampled:
@@ -204,7 +225,7 @@ def sample(
     sampled = jax.lax.while_loop(
         lambda now: (now.length < response_width) & jnp.any(now.running),
         step,
-        draw(nothing, logits[:, -1]),
+        draw(nothing, logits),
     )
     return Rollouts(
         tokens=jnp.concatenate([tokens, sampled.responses], axis=1),

@@ -1,5 +1,7 @@
 """What all methods start from: a small decoder that a warm start trained, or a pretrained model."""
 
+import pathlib
+
 from flax import nnx
 
 from experiments import files, sampling, warm_start
@@ -37,7 +39,31 @@ def pretrained(config: ModelConfig) -> tuple[sampling.Policy, nnx.State]:
     graphdef, params = huggingface.load(
         config.model, dtype=config.dtype, scan_layers=config.scan_layers, remat=config.remat
     )
-    tokenizer = Pretrained(config.model)
-    return sampling.Policy(
-        graphdef, tokenizer, config.prompt_tokens, config.response_tokens
-    ), params
+    policy = sampling.Policy(
+        graphdef,
+        Pretrained(config.model),
+        prompt_width=config.prompt_tokens,
+        response_width=config.response_tokens,
+        logits_at_a_time=config.logits_at_a_time,
+    )
+    return policy, params
+
+
+def save(
+    folder: pathlib.Path, policy: sampling.Policy, params: nnx.State, config: ModelConfig
+) -> None:
+    """Writes a model that began as another's folder, whose tokenizer it takes over.
+
+    Raises:
+        files.Failure: the folder is in use or cannot be written.
+    """
+    from experiments.models import huggingface
+
+    huggingface.save(folder, policy.graphdef, params, source=config.model)
+
+
+def check_free(folder: pathlib.Path) -> None:
+    """Raises a files.Failure if a model could not be saved in a folder."""
+    if folder.exists() and any(folder.iterdir()):
+        raise files.Failure(f"{folder} is there already: remove it, or choose another.")
+    files.check_writable(folder)

@@ -5,13 +5,22 @@ from typing import Annotated
 
 from pydantic.dataclasses import dataclass
 
-from experiments import checked, command_line, files, preemption, records, report, warm_start
+from experiments import (
+    checked,
+    command_line,
+    files,
+    preemption,
+    records,
+    report,
+    starts,
+    training,
+    warm_start,
+)
 from experiments.command_line import Unprefixed
 from experiments.configs import RunConfig, TrainingConfig
 from experiments.methods import MethodName
 from experiments.models.settings import ModelConfig
 from experiments.tasks.settings import TaskConfig
-from experiments.training import update_norms
 
 
 @dataclass(frozen=True, config=checked.CONFIG)
@@ -32,6 +41,8 @@ class Command:
     """Where runs go, each to <method>/seed_<seed>, with other settings to seed_<seed>-2 and on."""
     start_directory: pathlib.Path = pathlib.Path("runs/warm_start")
     """Where the warm start is, or will be."""
+    save_model: pathlib.Path | None = None
+    """With a pretrained model: the folder that the trained one goes to, in the same format."""
     task: Annotated[TaskConfig, Unprefixed] = TaskConfig()
     model: Annotated[ModelConfig, Unprefixed] = ModelConfig()
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
@@ -43,6 +54,11 @@ class Command:
                 f"match={self.match} with method={self.method}: grpo_matched needs the folder of "
                 "the run to match, and no other method takes one"
             )
+        if self.save_model is not None and self.model.model is None:
+            raise ValueError(
+                f"save_model={self.save_model} needs the folder of a pretrained model, "
+                f"model={self.model.model}"
+            )
         self.run_config()
 
     def run_config(self) -> RunConfig:
@@ -51,7 +67,7 @@ class Command:
         if self.match is not None:
             steps = self.training.steps
             rows = [row for row in records.read_metrics(self.match) if row["step"] <= steps]
-            norms = update_norms(rows)
+            norms = training.update_norms(rows)
             if len(norms) < steps:
                 raise ValueError(
                     f"match={self.match} must be the folder of a run of training.steps={steps} "
@@ -67,11 +83,17 @@ def main(command: Command) -> None:
     config = command.run_config()
     directory = command.directory / command.method / f"seed_{command.seed}"
     files.check_writable(directory, command.start_directory)
+    if command.save_model is not None:
+        starts.check_free(command.save_model)
     report.settings(config)
     with preemption.handled() as stopping:
         policy, params = report.start(config, command.start_directory, stopping)
         directory, rows = report.train(config, policy, params, directory, stopping)
         report.terminal.print(report.summary({command.method: [rows]}))
+        if command.save_model is not None:
+            trained = training.trained(config, policy, params, directory)
+            starts.save(command.save_model, policy, trained, config.model)
+            report.terminal.print(f"Trained model: {command.save_model}", highlight=False)
         report.terminal.print(
             f"Settings, environment, metrics and checkpoint: {directory}", highlight=False
         )

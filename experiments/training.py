@@ -77,10 +77,7 @@ def train(
         records.Preempted: `stopping` said so; what was done is saved.
     """
     settings = config.training
-    policy = policy._replace(config=settings.sampling)
-    method = methods.make_method(
-        config.method, settings.method, policy, settings.microbatches, config.update_norms
-    )
+    policy, method = _prepared(config, policy)
 
     def validate(params):
         return validation.scores(
@@ -98,13 +95,7 @@ def train(
         on_open(run, finished)
         if finished:
             return rows
-        fresh = State(
-            params=start,
-            opt_state=method.optimizer.init(start),
-            cumulative_kl=jnp.float32(0),
-            rollouts=sampling.no_rollouts(policy, settings.prompts * settings.group_size),
-        )
-        state = run.restore(fresh)
+        state = run.restore(_fresh(config, policy, method, start))
         run.begin(state, [_without_early_validation(row, settings) for row in rows])
         if run.step is None:
             row = {"step": 0, "start_kl": 0.0, "cumulative_kl": 0.0, **validate(start)}
@@ -137,6 +128,37 @@ def train(
                 if stopping():
                     run.stop(step, state)
     return records.read_metrics(run.directory)
+
+
+def trained(
+    config: RunConfig, policy: sampling.Policy, start: nnx.State, directory: pathlib.Path
+) -> nnx.State:
+    """The parameters that a finished run ended with; arguments and errors are those of `train`."""
+    policy, method = _prepared(config, policy)
+    with records.Run(directory, config) as run:
+        return run.restore(_fresh(config, policy, method, start)).params
+
+
+def _prepared(config: RunConfig, policy: sampling.Policy) -> tuple[sampling.Policy, methods.Method]:
+    """The policy as the run samples from it, and the method that trains it."""
+    settings = config.training
+    policy = policy._replace(config=settings.sampling)
+    return policy, methods.make_method(
+        config.method, settings.method, policy, settings.microbatches, config.update_norms
+    )
+
+
+def _fresh(
+    config: RunConfig, policy: sampling.Policy, method: methods.Method, start: nnx.State
+) -> State:
+    """A run's state before its first step."""
+    settings = config.training
+    return State(
+        params=start,
+        opt_state=method.optimizer.init(start),
+        cumulative_kl=jnp.float32(0),
+        rollouts=sampling.no_rollouts(policy, settings.prompts * settings.group_size),
+    )
 
 
 def _without_early_validation(row: records.Row, settings: TrainingConfig) -> records.Row:

@@ -27,3 +27,6 @@ class ModelConfig:
     """Whether layers are run by a scan, which compiles faster, above all for many layers."""
     remat: bool = True
     """Whether the backward pass computes activations again, which takes less memory."""
+    logits_at_a_time: checked.Count | None = None
+    """Tokens of a sequence whose logits are formed together in training; None: all. Fewer take less
+    memory, above all with large vocabularies."""

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from experiments import checked, files
 from experiments.tasks import importing, problem_files
-from experiments.tasks.task import Problem
+from experiments.tasks.task import Problem, is_chat
 
 
 @dataclass(frozen=True, config=checked.CONFIG)
@@ -78,15 +78,9 @@ class Data:
 def _read(path: pathlib.Path) -> list[Problem]:
     records = problem_files.read(path, prompt=(str, list))
     for i, record in enumerate(records, 1):
-        if isinstance(record["prompt"], list) and not all(map(_is_message, record["prompt"])):
+        if not isinstance(record["prompt"], str) and not is_chat(record["prompt"]):
             raise files.Failure(
                 f"{path}, problem {i}: each message of 'prompt' must be an object with 'role' and "
                 f"'content', both texts, but they are {record['prompt']!r:.200}"
             )
     return [Problem(record["prompt"], record) for record in records]
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(
-        isinstance(message.get(name), str) for name in ("role", "content")
-    )

@@ -58,9 +58,13 @@ class ReasoningGym:
                     f"{', '.join(sorted(known))}"
                 )
         size = self.validation_problems + self.training_problems
+        config = dict(self.config)
         try:
-            return library().create_dataset(self.name, seed=self.seed, size=size, **self.config)
-        except (AssertionError, TypeError, ValueError) as error:
+            if self.name == "composite":  # whose setting is a list of objects
+                spec = library().composite.DatasetSpec
+                config["datasets"] = [spec(**dataset) for dataset in config.get("datasets", ())]
+            return library().create_dataset(self.name, seed=self.seed, size=size, **config)
+        except Exception as error:  # the library has no type of its own for what it refuses
             raise files.Failure(
                 f"reasoning_gym:{self.name} does not take the options {self.config} for {size} "
                 f"problems: {error or type(error).__name__}"

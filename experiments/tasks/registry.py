@@ -14,13 +14,14 @@ import pydantic
 
 from experiments import files
 from experiments.tasks import importing, reasoning_gym_task
-from experiments.tasks.task import Problem, Task
+from experiments.tasks.task import Problem, Task, is_chat
 
 BUILT_IN = {
     "addition": "experiments.tasks.addition:Addition",
     "arithmetic": "experiments.tasks.arithmetic:Arithmetic",
     "data": "experiments.tasks.data:Data",
     "gsm8k": "experiments.tasks.gsm8k:GSM8K",
+    "mbpp": "experiments.tasks.code:MBPP",
     "reversal": "experiments.tasks.reversal:Reversal",
     "svamp": "experiments.tasks.gsm8k:SVAMP",
 }
@@ -119,11 +120,8 @@ def _check_problem(place: str, problem: Any) -> None:
         raise files.Failure(
             f"{place} must be an experiments.tasks.task.Problem, not a {type(problem).__name__}"
         )
-    prompt = problem.prompt
-    if not isinstance(prompt, str) and not all(
-        isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in prompt
-    ):
+    if not isinstance(problem.prompt, str) and not is_chat(problem.prompt):
         raise files.Failure(
             f"{place} must have as its prompt a text or a list of messages, each with a role and a "
-            f"content, not {prompt!r:.200}"
+            f"content, not {problem.prompt!r:.200}"
         )

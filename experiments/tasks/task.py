@@ -101,6 +101,19 @@ class ToyTask(Task, Protocol):
         ...
 
 
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is a chat: messages, at least one, with texts as "role" and "content"."""
+    return (
+        isinstance(prompt, Sequence)
+        and len(prompt) > 0
+        and all(
+            isinstance(message, Mapping)
+            and all(isinstance(message.get(name), str) for name in ("role", "content"))
+            for message in prompt
+        )
+    )
+
+
 class LazyProblems(Sequence[Problem]):
     """Problems that are made when they are asked for.
 

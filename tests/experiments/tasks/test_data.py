@@ -68,7 +68,9 @@ def test_a_function_that_is_none_is_refused_at_once(here, reward, message):
         Data(data="problems.jsonl", reward=reward)
 
 
-@pytest.mark.parametrize("prompt", [[{"role": "user"}], ["hello"], [{"role": "a", "content": 1}]])
+@pytest.mark.parametrize(
+    "prompt", [[], [{"role": "user"}], ["hello"], [{"role": "a", "content": 1}]]
+)
 def test_prompts_that_are_no_chat_are_refused(here, prompt):
     (here / "bad.jsonl").write_text(json.dumps({"prompt": prompt}))
     with pytest.raises(files.Failure, match=r"bad\.jsonl, problem 1: each message"):

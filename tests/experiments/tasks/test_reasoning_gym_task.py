@@ -75,3 +75,16 @@ class TestWithTheLibrary:
                 "reasoning_gym:leg_counting",
                 {**options, "training_problems": 50, "validation_problems": 1000},
             )
+
+    def test_a_mixture_of_datasets_is_a_task(self):
+        datasets = [
+            {"name": "leg_counting", "weight": 1, "config": {}},
+            {"name": "chain_sum", "weight": 2, "config": {"min_terms": 3}},
+        ]
+        task = make_task(
+            "reasoning_gym:composite", {"datasets": datasets, "validation_problems": 20}
+        )
+        asked = [problem.answer["metadata"]["source_dataset"] for problem in task.validation]
+        assert set(asked) == {"leg_counting", "chain_sum"}
+        answers = [problem.answer["answer"] for problem in task.validation]
+        assert graded(task, task.validation, answers)["reward"].tolist() == [1] * 20

@@ -37,6 +37,9 @@ class Texts(Shout):
 class Numbers(Shout):
     validation = [Problem([1])]
 
+class Nothing(Shout):
+    validation = [Problem(None)]
+
 class Ungraded:
     training = validation = [Problem("a")]
 
@@ -79,7 +82,7 @@ def test_a_task_of_ones_own_is_imported_from_the_current_folder(name):
         ("gsm8k", {"train_file": "no.jsonl"}, "no.jsonl cannot be read"),
         ("no_module:Task", {}, "there is no module 'no_module'"),
         ("experiments.no_module:Task", {}, "there is no module 'experiments.no_module'"),
-        ("own_tasks_module:Nothing", {}, "own_tasks_module has no 'Nothing'"),
+        ("own_tasks_module:None_", {}, "own_tasks_module has no 'None_'"),
         ("own_tasks_module:", {}, "There is no task"),
         ("own_tasks_module:loudness", {}, "must be a class or a function, not 11"),
         ("own_tasks_module:Shout", {}, "needs the option word"),
@@ -89,6 +92,7 @@ def test_a_task_of_ones_own_is_imported_from_the_current_folder(name):
         ("own_tasks_module:Endless", {"word": "a"}, "validation must be a sequence"),
         ("own_tasks_module:Texts", {"word": "a"}, r"validation\[0\] must be .*Problem, not a str"),
         ("own_tasks_module:Numbers", {"word": "a"}, r"validation\[0\] must have as its prompt"),
+        ("own_tasks_module:Nothing", {"word": "a"}, r"validation\[0\] must have as its prompt"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(name, options, message):

@@ -137,7 +137,7 @@ class _Keys:
             if key == "split.count" and value > 1:
                 raise self.refuse("it is one of several: merge them with llama-gguf-split")
             if not key.startswith(("GGUF.", "general.", "quantize.imatrix.", "split.")):
-                raise self.refuse(f"{key}={value!r} is not supported")
+                raise self.refuse(f"{key}={value!r:.60} is not supported")
 
 
 def _config(

@@ -47,7 +47,11 @@ _REFUSED_IF_TRUE = {
     "add_sep_token",
     "remove_extra_whitespaces",
 }
-_HARMLESS = {"scores"}
+_HARMLESS = {
+    *(f"{name}_token_id" for name in ("cls", "mask", "seperator", "prefix", "suffix", "middle")),
+    *(f"fim_{name}_token_id" for name in ("pre", "suf", "mid", "pad", "rep", "sep")),
+}
+"""Roles of tokens that a decoder has no use for, in the spelling of the format."""
 
 
 class GGUFTokenizer:

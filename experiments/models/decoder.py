@@ -71,7 +71,7 @@ def _write(slots: jax.Array, new: jax.Array, start: jax.Array, axis: int) -> jax
     return jax.lax.dynamic_update_slice_in_dim(slots, new, start, axis % slots.ndim)
 
 
-def _frequencies(config: DecoderConfig) -> jax.Array:
+def rotary_frequencies(config: DecoderConfig) -> jax.Array:
     """Radians per position (head_dim / 2,) by which each pair of features turns."""
     exponents = jnp.arange(0, config.head_dim, 2) / config.head_dim
     frequencies = config.rope_theta**-exponents
@@ -269,7 +269,7 @@ class Decoder(nnx.Module):
         causal = jnp.arange(valid.shape[-1]) <= slot[:, None]
         mask = causal & valid[..., None, :]
         position = jnp.take(jnp.cumsum(valid, axis=-1) - 1, slot, axis=-1)
-        angles = position[..., None] * _frequencies(self.config)
+        angles = position[..., None] * rotary_frequencies(self.config)
         return lambda block, x, past: block(x, angles, mask, past, start)
 
 

@@ -8,6 +8,7 @@ Architectures: LlamaForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM.
 """
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 import shutil
@@ -36,6 +37,8 @@ COPIED = (
     "generation_config.json",
 )
 """What a saved folder takes over from another."""
+MAX_SHARD_BYTES = 5 * 10**9
+"""Above it, a saved model's tensors are spread over several files."""
 
 _HEAD = "lm_head.weight"
 _TABLE = "model.embed_tokens.weight"
@@ -110,7 +113,7 @@ def save(
     params: nnx.State,
     *,
     source: pathlib.Path | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a decoder to a folder that `load` and transformers open.
 
@@ -153,6 +156,13 @@ def save(
             if source is not None and (source / name).exists():
                 shutil.copyfile(source / name, partial / name)
         shards.write(partial, sizes, lambda name: made[name](), max_shard_bytes)
+
+
+def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors in a decoder's files, in their order."""
+    _, params = _structure(dataclasses.replace(config, scan_layers=False))
+    leaves = [_Leaf.at(path, param, config.layers) for path, param in nnx.to_flat_state(params)]
+    return {name: leaf.shape for leaf in leaves for name in leaf.names}
 
 
 @contextlib.contextmanager

@@ -96,6 +96,7 @@ def write(
         file = WHOLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         content = {name: np.ascontiguousarray(make(name)) for name in names}
         save_file(content, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # else the owner's alone
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index: dict[str, Any] = {"metadata": {"total_size": sum(sizes.values())}}

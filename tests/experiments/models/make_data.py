@@ -6,6 +6,7 @@ writes one folder for each family: the model, and expected.npz with inputs, logi
 continuations. Those in data/ were made so; needs torch and transformers (`make test-transformers`).
 """
 
+import copy
 import json
 import pathlib
 import sys
@@ -81,7 +82,7 @@ CONTINUATION = 8
 def make(family: str) -> transformers.PreTrainedModel:
     """A model whose every parameter is random, rounded to the dtype that it will be saved in."""
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family])
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=2 * parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.3)
@@ -92,7 +93,7 @@ def make(family: str) -> transformers.PreTrainedModel:
 
 
 def expect(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
-    """Inputs, unpadded and left-padded, and what the model makes of them in float32."""
+    """Inputs, unpadded and left-padded, and what the model makes of them."""
     generator = np.random.default_rng(0)
     tokens = generator.integers(2, model.config.vocab_size, size=(2, 10))
     expected = {"tokens": tokens.astype(np.int32)}
@@ -106,7 +107,7 @@ def expect(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
                 do_sample=False, max_new_tokens=CONTINUATION, pad_token_id=0
             )
             continued = model.generate(ids, attention_mask=mask, generation_config=settings)
-        expected |= {f"{name}_valid": valid, f"{name}_logits": logits.numpy()}
+        expected |= {f"{name}_valid": valid, f"{name}_logits": logits.float().numpy()}
         expected[f"{name}_continued"] = continued[:, 10:].numpy().astype(np.int32)
     return expected
 

@@ -221,13 +221,16 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--methods", nargs="+", help="of jax and rounds")
     parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--directory", default=os.environ.get("OUT") or "results/gpu")
+    parser.add_argument(
+        "--directory", help="default: $OUT, else results/gpu or, rehearsed, runs/gpu"
+    )
     settings = parser.parse_args()
     settings.methods = (
         settings.methods or METHODS[: len(METHODS) if settings.device == "gpu" else 3]
     )
 
-    directory = pathlib.Path(settings.directory)
+    default = "results/gpu" if settings.device == "gpu" else "runs/gpu"
+    directory = pathlib.Path(settings.directory or os.environ.get("OUT") or default)
     benchmark = Benchmark(directory, began + 60 * settings.minutes)
     with tempfile.TemporaryDirectory() as cache:
         _run_parts(settings, benchmark, cache)

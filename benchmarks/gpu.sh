@@ -17,10 +17,11 @@
 #     rounds    120  the same methods together, in interleaved rounds; compiled programs are reused
 #
 # The 9 methods of "jax" share what the parts before leave of the 540 seconds, less 120 for "rounds":
-# 28 seconds each, or 18 if the others take all of their time. They go in order of importance; one that
-# no time is left for is a failure, and may be measured by a second call.
+# some 26 seconds each, or 18 if the others take all of their time. They go in order of importance; one
+# that no time is left for is a failure, and may be measured by a second call.
 #
-# Results go to $OUT or, unset, to results/gpu: results.jsonl as they come, log.txt, table.md.
+# Results go to $OUT or, unset, to results/gpu (a rehearsal's to runs/gpu): results.jsonl as they come,
+# log.txt with all that the parts print, table.md.
 # The status is 0 if nothing failed; a part whose packages are not installed is skipped, and said so.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -74,7 +74,7 @@ class Timed:
     def warm_up(self) -> None:
         """Runs twice: the first compiles a compiled step, the second says what memory it takes."""
         try:
-            self.row["first_seconds"], _ = self.seconds()
+            self.row["first_seconds"] = self.seconds()[0]
             if self._on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             _, gradients = self.seconds()
@@ -117,8 +117,7 @@ def main() -> None:
             break
         for step in shuffled.sample(ran, len(ran)):
             gpu_rows.say(f"round {number} {step.row['method']}")
-            seconds, _ = step.seconds()
-            step.row["seconds"].append(seconds)
+            step.row["seconds"].append(step.seconds()[0])
     rows = [step.row for step in every]
     for row in rows:
         gpu_rows.emit(row)

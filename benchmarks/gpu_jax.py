@@ -6,7 +6,6 @@ without what the terminal's tables and command lines need. It prints a row for e
 
 import argparse
 import dataclasses
-import sys
 
 from benchmarks import cases, gpu_rows, measure, methods
 
@@ -37,9 +36,7 @@ def main() -> None:
         show=gpu_rows.say,
     )
     rows = [{"method": name, **dataclasses.asdict(result)} for name, result in measured.items()]
-    for row in rows:
-        gpu_rows.emit(row)
-    sys.exit(gpu_rows.errors_of(rows) or 0)
+    gpu_rows.finish(rows)
 
 
 if __name__ == "__main__":

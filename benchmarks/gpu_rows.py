@@ -5,9 +5,10 @@ Nothing but the standard library is needed.
 
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 
 def _finite(value: Any) -> Any:
@@ -43,6 +44,14 @@ def parse(text: str) -> dict[str, Any] | None:
         return None
 
 
-def errors_of(rows: Sequence[dict[str, Any]]) -> str:
-    """What failed, for the end of a part; empty if nothing did."""
-    return "; ".join(f"{row['method']}: {row['error']}" for row in rows if row["error"])
+def finish(rows: Sequence[dict[str, Any]]) -> NoReturn:
+    """Prints the methods' rows and ends the process, with a failure if a method has an error.
+
+    A method has one too if the "norm" of its result is not finite.
+    """
+    for row in rows:
+        if not row["error"] and not math.isfinite(row["norm"]):
+            row["error"] = "its result is not finite"
+        emit(row)
+    errors = "; ".join(f"{row['method']}: {row['error']}" for row in rows if row["error"])
+    sys.exit(errors or 0)

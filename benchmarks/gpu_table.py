@@ -111,7 +111,6 @@ def _compilation(rows: Sequence[Row], timed: Row | None) -> str:
 
 def _why(method: str, rows: Sequence[Row], outcomes: Sequence[Row]) -> str:
     said = [row["error"] for row in rows if row["error"]]
-    said += ["its result is not finite" for row in rows if row["seconds"] and row["norm"] is None]
     if not rows:
         ended = [outcome for outcome in outcomes if outcome["part"] == f"jax {method}"]
         said += [f"{outcome['status']}: {outcome['said']}" for outcome in ended]

@@ -12,7 +12,6 @@ torch_accumulation, torch_intra_r
 import argparse
 import functools
 import random
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -118,10 +117,7 @@ def main() -> None:
         for step in shuffled.sample(ran, len(ran)):
             gpu_rows.say(f"round {number} {step.row['method']}")
             step.row["seconds"].append(step.seconds()[0])
-    rows = [step.row for step in every]
-    for row in rows:
-        gpu_rows.emit(row)
-    sys.exit(gpu_rows.errors_of(rows) or 0)
+    gpu_rows.finish([step.row for step in every])
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_the_table_says_whose_figures_they_are_and_what_failed():
         {"method": "plain_fused", "seconds": [2.0, 4.0], "memory": bound, **rounds},
         {"method": "grpo", "part": "jax grpo", "seconds": [18.0], "memory": bound, **alone},
         {"method": "grpo", "seconds": [], "memory": {}, **rounds, "error": "out of memory"},
-        {"method": "intra_10", "seconds": [1.0, 4.0], "memory": {}, **rounds, "norm": None},
+        {"method": "intra_10", "seconds": [1.0, 4.0], "memory": {}, **rounds},
     ]
     outcomes = [
         {"part": "jax both_10_fused", "status": "failed", "said": "stopped after 75 s"},
@@ -140,11 +140,26 @@ def test_the_table_says_whose_figures_they_are_and_what_failed():
     assert (grpo["seconds"], grpo["x plain"]) == ("18.0000 (alone)", "2.000")
     assert (grpo["allocator's peak GiB"], grpo["failed"]) == ("<= 5.00", "out of memory")
     assert cells(table, "intra_10")["x plain"] == "0.750"
-    assert cells(table, "intra_10")["failed"] == "its result is not finite"
     demonstration = cells(table, "torch_intra_10")
     assert (demonstration["x plain"], demonstration["x fastest plain"]) == ("3.000", "4.000")
     assert cells(table, "both_10_fused")["failed"] == "failed: stopped after 75 s"
     assert "smoke skipped: pytest: not installed, skipped" in table
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, 0),
+        ({"norm": float("inf")}, "plain_fused: its result is not finite"),
+        ({"error": "out of memory", "norm": float("nan")}, "plain_fused: out of memory"),
+    ],
+)
+def test_a_method_that_failed_fails_its_part(change, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        gpu_rows.finish([ROW | change])
+    assert ended.value.code == said
+    printed = gpu_rows.parse(capsys.readouterr().out)
+    assert f"plain_fused: {printed['error']}" == said or printed == ROW
 
 
 def test_rows_are_strict_json():

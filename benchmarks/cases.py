@@ -106,5 +106,10 @@ def inputs(case: Case, seed: int) -> tuple[decoder.Params, Batch]:
     shape = (case.microbatches, case.sequences)
     tokens = jax.random.randint(keys[1], (*shape, case.tokens), 0, case.config.vocab)
     advantages = jax.random.normal(keys[2], shape)
-    old_logprobs = jax.jit(lambda: jax.lax.map(lambda t: case.token_logprobs(params, t), tokens))()
+
+    @jax.jit
+    def logprobs(params, tokens):  # one by one, in less memory than any step needs
+        return jax.lax.map(lambda t: case.token_logprobs(params, t), tokens)
+
+    old_logprobs = logprobs(params, tokens.reshape(-1, case.tokens)).reshape(*shape, -1)
     return params, Batch(tokens, -advantages / jnp.float32(tokens.size), old_logprobs)

@@ -95,11 +95,12 @@ def init(config: DecoderConfig, key: jax.Array) -> Params:
             name: matrix(key, shape, shape[0]) for (name, shape), key in kernels
         }
 
-    embedding_key, *block_keys = jax.random.split(key, 1 + config.layers)
-    blocks = [block(key) for key in block_keys]
+    keys = jax.random.split(key, 1 + config.layers)
+    embedding_key, block_keys = keys[0], keys[1:]
+    blocks = jax.vmap(block)(block_keys) if config.scanned else [block(key) for key in block_keys]
     params = {
         "embedding": matrix(embedding_key, (config.vocab, config.width), config.width),
-        "layers": stack(blocks) if config.scanned else blocks,
+        "layers": blocks,
         "norm": jnp.ones(config.width, config.dtype),
     }
     if not config.tied:

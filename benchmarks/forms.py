@@ -15,8 +15,8 @@ import tyro
 from rich import box, table
 
 import proma_jax as proma
-from benchmarks import measure
-from benchmarks.measure import terminal
+from benchmarks import measure, screen
+from benchmarks.screen import terminal
 from experiments import environment
 from proma_jax.project import span
 
@@ -71,7 +71,7 @@ def main(command: Command) -> None:
                 "dense": lambda total, s, c: microbatch(total, s.dense(), c),
                 "factors": microbatch,
             }
-            measured = measure.measure(
+            measured = screen.measure_shown(
                 forms,
                 (total, factors, jnp.ones(command.sequences)),
                 rounds=command.repeats,

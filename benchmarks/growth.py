@@ -28,8 +28,8 @@ import tyro
 from matplotlib import figure
 from rich import box, table
 
-from benchmarks import cases, decoder, measure, methods
-from benchmarks.measure import terminal
+from benchmarks import cases, decoder, measure, methods, screen
+from benchmarks.screen import terminal
 from experiments import environment
 
 Variable = Literal["sequences", "tokens", "width", "layers", "rank"]
@@ -134,7 +134,7 @@ def _measure(command: Command, variable: Variable, value: int) -> Rows:
     steps = {
         name: methods.make_step(name, point.case) for name in (*methods.PLAIN, *names.values())
     }
-    measured = measure.measure(
+    measured = screen.measure_shown(
         steps,
         cases.inputs(point.case, command.seed),
         rounds=command.repeats,
@@ -287,7 +287,7 @@ def main(command: Command) -> None:
     measure.save(files[0], command, where, slopes=slopes, points=rows)
     _draw(rows, command, files[1])
     terminal.print(_table(rows, command))
-    measure.say_where(files[0], files[1], began)
+    screen.say_where(files[0], files[1], began)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ A machine's speed drifts by more than the methods differ. So every round runs ea
 random order, and a step is compared with the baseline of the same round: what is reported is the
 median and the quartiles of these ratios, or differences, over the rounds. The first round warms up
 and is dropped.
+
+Only jax, optax and NumPy are needed: what is shown on the terminal is in `screen`.
 """
 
 import dataclasses
@@ -15,10 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from rich import console, progress
-
-terminal = console.Console()
+import optax
 
 _MEMORY = ("temp", "output", "argument", "alias", "generated_code")
 
@@ -31,9 +32,11 @@ class Measurement:
         trace_seconds: tracing and lowering, with all of JAX's caches cleared.
         compile_seconds: XLA's compilation.
         memory: bytes by kind, as the compiler counts them: "temp", "output", "argument", "alias",
-            "generated_code", and "peak" where it says so; "device_peak", the most bytes the device
-            had in use until the step's first run, where it counts them. Steps warm up in the order
-            of their temporary memory, so that this is the step's own.
+            "generated_code", and "peak" where it says so. Where the device counts, also
+            "device_peak", the most bytes that it ever had in use when the step had run once, and
+            "device_peak_before" it ran. Where these are equal, the step's own peak is at most that.
+            Steps warm up in the order of their temporary memory, so that they seldom are.
+        norm: of the first run's result, taken as one vector.
         seconds: of each round's run.
         error: why there are no numbers, or no seconds.
     """
@@ -41,6 +44,7 @@ class Measurement:
     trace_seconds: float = float("nan")
     compile_seconds: float = float("nan")
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    norm: float = float("nan")
     seconds: list[float] = dataclasses.field(default_factory=list)
     error: str | None = None
 
@@ -57,16 +61,6 @@ def save(file: pathlib.Path, command: Any, environment: Mapping[str, Any], **res
     """Writes a benchmark's settings, its environment and its results as JSON."""
     content = {"command": dataclasses.asdict(command), "environment": environment, **results}
     file.write_text(json.dumps(content, indent=2, default=str) + "\n")
-
-
-def say_where(results: pathlib.Path, figure: pathlib.Path, began: float) -> None:
-    """Says where a command's results are, and how long it took since `began`."""
-    terminal.print(
-        f"Settings, environment, all times: {results}\n"
-        f"Figure: {figure}\n"
-        f"Done in {(time.monotonic() - began) / 60:.1f} minutes.",
-        highlight=False,
-    )
 
 
 def quartiles(values: Sequence[float] | np.ndarray) -> Quartiles:
@@ -121,72 +115,74 @@ def _run(compiled: Any, arguments: Sequence[Any]) -> float:
     return time.perf_counter() - began
 
 
+def _device_peak() -> int | None:
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+@jax.jit
+def _norm(result: Any) -> jax.Array:
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), result))
+
+
+def _warm_up(compiled: Any, arguments: Sequence[Any], measurement: Measurement) -> None:
+    before = _device_peak()
+    result = jax.block_until_ready(compiled(*arguments))
+    after = _device_peak()
+    if before is not None and after is not None:
+        measurement.memory |= {"device_peak_before": before, "device_peak": after}
+    measurement.norm = float(_norm(result))
+
+
 def measure(
     steps: Mapping[str, Callable[..., Any]],
     arguments: Sequence[Any],
     *,
     rounds: int,
     seed: int,
-    title: str = "",
+    stop_after: float = float("inf"),
+    show: Callable[[str], None] = lambda doing: None,
 ) -> dict[str, Measurement]:
-    """Compiles and times every step on the same arguments, showing the progress.
+    """Compiles and times every step on the same arguments.
 
     Args:
         steps: functions to be jitted, by name.
         arguments: of each of them.
         rounds: timed runs of each step.
         seed: of the order within the rounds.
-        title: shown with the progress.
+        stop_after: no second or later round begins when this many seconds have passed.
+        show: told what is done next, before each step's compilation, first run and timed runs.
 
     Returns:
         A measurement for each name. A step that XLA cannot compile or run, out of memory for one,
         has an `error` instead of seconds.
     """
-    columns = (
-        progress.TextColumn("{task.description:<44}"),
-        progress.BarColumn(bar_width=20),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-    )
+    began = time.monotonic()
     measured: dict[str, Measurement] = {}
     programs: dict[str, Any] = {}
-    jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(()))())  # starts the backend
-    with progress.Progress(
-        *columns, console=terminal, transient=True, disable=not terminal.is_terminal
-    ) as shown:
-        task = shown.add_task("", total=len(steps) * (2 + rounds))
+    jax.block_until_ready(jax.jit(lambda: jnp.zeros(()))())  # starts the backend
 
-        def show(doing: str, name: str) -> None:
-            shown.update(task, description=" ".join(filter(None, (title, doing, name))))
+    def give_up(name: str, error: Exception) -> None:
+        measured.setdefault(name, Measurement()).error = str(error).splitlines()[0]
+        measured[name].seconds.clear()
+        programs.pop(name, None)
 
-        def give_up(name: str, error: Exception) -> None:
-            measured.setdefault(name, Measurement()).error = str(error).splitlines()[0]
-            measured[name].seconds.clear()
-            programs.pop(name, None)
-
-        for name, step in steps.items():
-            show("compile", name)
-            try:
-                programs[name], measured[name] = _compile(step, arguments)
-            except jax.errors.JaxRuntimeError as error:
-                give_up(name, error)
-            shown.advance(task)
-        for name in sorted(programs, key=lambda name: measured[name].memory.get("temp", 0)):
-            show("warm up", name)
-            try:
-                _run(programs[name], arguments)
-            except jax.errors.JaxRuntimeError as error:
-                give_up(name, error)
-                continue
-            finally:
-                shown.advance(task)
-            statistics = jax.devices()[0].memory_stats() or {}
-            if "peak_bytes_in_use" in statistics:
-                measured[name].memory["device_peak"] = statistics["peak_bytes_in_use"]
-        shuffled = random.Random(seed)
-        for number in range(1, rounds + 1):
-            for name in shuffled.sample(sorted(programs), len(programs)):
-                show(f"round {number}", name)
-                measured[name].seconds.append(_run(programs[name], arguments))
-                shown.advance(task)
+    for name, step in steps.items():
+        show(f"compile {name}")
+        try:
+            programs[name], measured[name] = _compile(step, arguments)
+        except jax.errors.JaxRuntimeError as error:
+            give_up(name, error)
+    for name in sorted(programs, key=lambda name: measured[name].memory.get("temp", 0)):
+        show(f"warm up {name}")
+        try:
+            _warm_up(programs[name], arguments, measured[name])
+        except jax.errors.JaxRuntimeError as error:
+            give_up(name, error)
+    shuffled = random.Random(seed)
+    for number in range(1, rounds + 1):
+        if number > 1 and time.monotonic() - began > stop_after:
+            break
+        for name in shuffled.sample(sorted(programs), len(programs)):
+            show(f"round {number} {name}")
+            measured[name].seconds.append(_run(programs[name], arguments))
     return measured

@@ -32,8 +32,8 @@ import jax.numpy as jnp
 import tyro
 from rich import box, table
 
-from benchmarks import cases, decoder, measure, methods, update_step
-from benchmarks.measure import terminal
+from benchmarks import cases, decoder, measure, methods, screen, update_step
+from benchmarks.screen import terminal
 from experiments import environment
 
 _POWER_ITERATIONS = 2
@@ -157,7 +157,7 @@ def main(command: Command) -> None:
     where = environment.current()
     found = ceilings(command, case)
     _print_ceilings(found)
-    measured = measure.measure(
+    measured = screen.measure_shown(
         {name: methods.make_step(name, case) for name in methods.PLAIN},
         cases.inputs(case, command.seed),
         rounds=command.repeats,

@@ -35,8 +35,8 @@ from jax.sharding import PartitionSpec as P
 from matplotlib import figure
 from rich import box, table
 
-from benchmarks import cases, decoder, hlo, measure, methods
-from benchmarks.measure import terminal
+from benchmarks import cases, decoder, hlo, measure, methods, screen
+from benchmarks.screen import terminal
 from experiments import environment
 
 _METHODS = (
@@ -252,7 +252,7 @@ def main(command: Command) -> None:
     measure.save(file, command, environment.current(), results=results)
     _draw(results, title, drawing)
     terminal.print(_table(results, title))
-    measure.say_where(file, drawing, began)
+    screen.say_where(file, drawing, began)
 
 
 if __name__ == "__main__":

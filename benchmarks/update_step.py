@@ -14,8 +14,8 @@ import tyro
 from matplotlib import figure
 from rich import box, table
 
-from benchmarks import cases, decoder, measure, methods
-from benchmarks.measure import terminal
+from benchmarks import cases, decoder, measure, methods, screen
+from benchmarks.screen import terminal
 from experiments import environment
 
 Layout = Literal["unrolled", "scanned"]
@@ -170,7 +170,9 @@ def main(command: Command) -> None:
         highlight=False,
     )
 
-    measured = measure.measure(steps, (params, batch), rounds=command.repeats, seed=command.seed)
+    measured = screen.measure_shown(
+        steps, (params, batch), rounds=command.repeats, seed=command.seed
+    )
     plain = measure.fastest(measured, methods.PLAIN)
     summary = _summary(measured, plain, parameter_bytes)
     rate = step_flops / summary[plain]["seconds_quartiles"]["median"]
@@ -194,7 +196,7 @@ def main(command: Command) -> None:
         if row["error"]:
             terminal.print(f"{name} failed: {row['error']}", highlight=False, markup=False)
     terminal.print(f"{plain} runs at {rate / 1e9:,.1f} GFLOP/s.", highlight=False)
-    measure.say_where(files[0], files[1], began)
+    screen.say_where(files[0], files[1], began)
 
 
 if __name__ == "__main__":

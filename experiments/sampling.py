@@ -37,7 +37,7 @@ class SamplingConfig:
     """Only so many of the likeliest tokens are drawn; None: all."""
 
 
-_BUCKET = 32
+_BUCKET = 16
 """Widths are cut to multiples of it."""
 
 
@@ -301,7 +301,7 @@ def trimmed(rollouts: Rollouts) -> Rollouts:
 
 
 def _bucket(used: np.ndarray) -> int:
-    """Columns to keep of `used` (n, width): those with a True, rounded up to 32's multiples."""
+    """Columns to keep of `used` (n, width): those with a True, rounded up to 16's multiples."""
     longest = int(np.flatnonzero(used.any(axis=0)).max(initial=0)) + 1
     return min(-(-longest // _BUCKET) * _BUCKET, used.shape[1])
 

@@ -64,11 +64,11 @@ def train(
         `cut_off`, the fraction of them without an end token, and `rollout_NAME`, the mean of the
         task's grade NAME; `step_kl` of the policy before the step from that after it,
         `start_kl` of the policy after it from the start and its `entropy` (exact, over the whole
-        vocabulary, in nats per response token of the rollout batch), `gradient_norm` before
-        clipping, `update_norm`, `accumulation_fraction` and `intra_fraction` (means over the
-        microbatches, 0 where the method does not remove so), `seconds` of the update, and at times
-        `validation`, the mean reward of greedy responses to held-out problems, and
-        `validation_NAME`.
+        vocabulary, in nats per response token of the rollout batch, or of its `kl_sequences`);
+        `gradient_norm` before clipping, `update_norm`, `accumulation_fraction` and `intra_fraction`
+        (means over the microbatches, 0 where the method does not remove so), `seconds` of the
+        update, and at times `validation`, the mean reward of greedy responses to held-out problems,
+        and `validation_NAME`.
 
     Raises:
         files.Failure: a step gave numbers that are not finite; or the directory holds a
@@ -115,7 +115,7 @@ def train(
                 if step <= done:
                     continue
                 state, row = _step(
-                    method, policy, settings, start, state, batch.rollouts, minibatch
+                    method, policy, settings, start, state, batch.measured, minibatch
                 )
                 row = {"step": step, **batch.described, **row}
                 if step % settings.validation_every == 0 or step == settings.steps:

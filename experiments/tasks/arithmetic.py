@@ -6,8 +6,8 @@ in words) are both for training or both held out, so validation shows what was l
 Example:
     >>> task = Arithmetic(products=1.0)
     >>> problem = Problem(question("times", 7, 8), 56)
-    >>> task.grade([problem] * 4, [" 56.", "57", "7 times 8 is 56", "55 or 56"])["reward"]
-    [1.0, 0.0, 0.0, 0.0]
+    >>> task.grade([problem] * 4, [" 56.", "57", "7 times 8 is 56", "56 or 57"])["reward"]
+    [1.0, 0.0, 0.5, 0.0]
 """
 
 import functools
@@ -77,6 +77,8 @@ class Arithmetic:
     """How many of the questions are products; the others are sums."""
     words: checked.Fraction = 0.0
     """How many of the questions have their numbers in words."""
+    in_text: checked.Fraction = 0.5
+    """The reward of a response that has other words too and whose last number is right."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """How many of the pairs of numbers at each level are for validation alone."""
     training_problems: checked.Count = 8192
@@ -141,12 +143,18 @@ class Arithmetic:
 
         Returns:
             "reward", 1 if the response is the right number and nothing else, where spaces around
-            it, thousands separators and a final period do not matter; and "format", 1 if it is any
-            number and nothing else.
+            it, thousands separators and a final period do not matter, and `in_text` if it has other
+            words but its last number is right; "right", 1 in both cases; and "format", 1 if it is
+            any number and nothing else.
         """
-        given = [answers.only_number(response) for response in responses]
-        pairs = zip(problems, given, strict=True)
+        alone = [answers.only_number(response) is not None for response in responses]
+        right = [
+            answers.number(response) == problem.answer
+            for problem, response in zip(problems, responses, strict=True)
+        ]
+        full = [1.0 if is_alone else self.in_text for is_alone in alone]
         return {
-            "reward": [float(number == problem.answer) for problem, number in pairs],
-            "format": [float(number is not None) for number in given],
+            "reward": [reward * is_right for reward, is_right in zip(full, right, strict=True)],
+            "right": [float(is_right) for is_right in right],
+            "format": [float(is_alone) for is_alone in alone],
         }

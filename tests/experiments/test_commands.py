@@ -115,6 +115,7 @@ REFUSED = [
         ("--start.batch-size 9489", "must be at most 9488, the task's training problems"),
         ("--training.prompts 9490", "must be at most 9488, the training problems of addition"),
         ("--training.steps 3", "must be a multiple of --training.steps-per-batch 2"),
+        ("--training.kl-sequences 1025", "must be at most 1024, the sequences of a rollout batch"),
         ("--training.prompts 127", "must be a multiple of --training.steps-per-batch 2"),
         ("--training.microbatch-size 7", "must divide the 512 sequences of an optimizer step"),
         ("--match elsewhere", f"with {ACCUMULATION}: grpo_matched needs the folder"),

@@ -131,6 +131,7 @@ def trained(method, tmp_path, **settings):
             group_size=2,
             microbatch_size=2,
             sequences_at_a_time=3,
+            kl_sequences=4,
             method=methods.MethodConfig(learning_rate=1e-3, skip_fraction=0.0),
             **settings,
         ),

@@ -187,7 +187,7 @@ def test_trimmed_rollouts_lose_padding_alone(policy):
     rollouts = sampling.respond(*wide, PROMPTS, jax.random.key(0))
     assert rollouts.tokens.shape == (64, 180)
     trimmed = sampling.trimmed(rollouts)
-    assert trimmed.tokens.shape[1] - trimmed.mask.shape[1] == 32
+    assert trimmed.tokens.shape[1] - trimmed.mask.shape[1] == 16
     assert trimmed.valid.sum() == rollouts.valid.sum()
     assert trimmed.mask.sum() == rollouts.mask.sum()
     assert sampling.texts(wide[0], trimmed) == sampling.texts(wide[0], rollouts)

@@ -60,7 +60,7 @@ def test_the_problems_depend_on_the_seed_alone():
 
 
 @pytest.mark.parametrize(
-    ("response", "reward", "is_number"),
+    ("response", "right", "is_number"),
     [
         ("1056", 1, 1),
         (" 1,056.\n", 1, 1),
@@ -68,17 +68,19 @@ def test_the_problems_depend_on_the_seed_alone():
         ("1057", 0, 1),
         ("-1056", 0, 1),
         ("1,05,6", 0, 0),
-        ("1057 1056", 0, 0),
-        ("1057, 1056", 0, 0),
-        ("32 times 33 is 1056", 0, 0),
-        ("1056 apples", 0, 0),
+        ("1056 1057", 0, 0),
+        ("1057, 1056", 1, 0),
+        ("32 times 33 is 1056", 1, 0),
+        ("1056 apples", 1, 0),
         ("", 0, 0),
     ],
 )
-def test_only_the_number_alone_is_rewarded(response, reward, is_number):
+def test_the_number_alone_is_rewarded_most(response, right, is_number):
     problem = Problem(question("times", 32, 33), 1056)
-    grades = Arithmetic().grade([problem], [response])
-    assert grades == {"reward": [reward], "format": [is_number]}
+    for in_text in (0.0, 0.5):
+        grades = Arithmetic(in_text=in_text).grade([problem], [response])
+        reward = right * (1 if is_number else in_text)
+        assert grades == {"reward": [reward], "right": [right], "format": [is_number]}
 
 
 def test_levels_in_the_wrong_order_are_refused():

@@ -52,7 +52,7 @@ def arguments() -> Iterator[str]:
     """What a sandbox is: new namespaces, and what of the machine can be read."""
     yield from ("--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534")
     yield from ("--cap-drop", "ALL", "--die-with-parent", "--new-session", "--hostname", "sandbox")
-    yield from ("--clearenv", "--setenv", "LD_LIBRARY_PATH", _LIBRARIES)
+    yield from ("--setenv", "LD_LIBRARY_PATH", _LIBRARIES)
     python = pathlib.Path(sys.executable).resolve()
     library = pathlib.Path(sysconfig.get_path("stdlib"))
     inside = pathlib.Path("/python") / library.relative_to(sys.base_prefix)

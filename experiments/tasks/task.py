@@ -4,6 +4,7 @@ Any object with these three attributes is a task; it need not inherit from anyth
 my_module:Capitals` makes one of your own, with the options that the command gets as keyword
 arguments. A whole one:
 
+    >>> from experiments.tasks.task import Problem, graded
     >>> class Capitals:
     ...     '''Asks for words in capital letters.'''
     ...

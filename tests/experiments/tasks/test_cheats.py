@@ -39,6 +39,12 @@ def test_no_cheat_passes(cheat):
     assert passes_all(runs, timeout=1) == [False, False]
 
 
+def test_no_test_can_catch_that_the_program_is_gone():
+    tests = "try:\n    double(2)\nexcept Exception:\n    pass"
+    assert passes("def double(x): raise ValueError", tests)
+    assert not passes("import os\ndouble = lambda x: os._exit(0)", tests)
+
+
 @pytest.mark.parametrize(
     ("program", "tests"),
     [

@@ -242,6 +242,12 @@ class TestRefusals:
             passes(RIGHT, TEST)
 
     @pytest.mark.usefixtures("_sandboxes")
+    def test_not_where_the_root_folder_is_ones_home(self, monkeypatch):
+        sandbox._sandbox.cache_clear()
+        monkeypatch.setenv("HOME", "/")
+        assert passes(RIGHT, TEST)
+
+    @pytest.mark.usefixtures("_sandboxes")
     def test_with_a_filter_that_lets_calls_through(self, monkeypatch):
         sandbox._sandbox.cache_clear()
         monkeypatch.setattr(seccomp, "program", lambda: seccomp._instruction(0x06, 0x7FFF0000))

@@ -34,7 +34,8 @@ fi; \
 echo "Using $$($$python --version) ($$python)"
 endef
 
-.PHONY: help demo bench bench-tpu test model-smollm2 test-transformers campaign lint format typecheck test-floor test-newest lock clean
+.PHONY: help demo demo-llm bench bench-tpu model-smollm2 test test-transformers campaign lint format \
+  typecheck test-floor test-newest lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -42,6 +43,15 @@ help:  ## list the targets
 demo: .venv/.experiments  ## compare the methods on integer addition; a CPU will do
 	@echo "Running python -m experiments.compare"
 	@.venv/bin/python -m experiments.compare
+
+demo-llm: models/smollm2-135m-instruct .venv/.models  ## train SmolLM2-135M on arithmetic by GRPO and PROMA
+	@echo "Running python -m experiments.compare on SmolLM2-135M"
+	@.venv/bin/python -m experiments.compare --directory runs/smollm2-arithmetic --seeds 0 \
+	  --methods grpo proma_accumulation --model models/smollm2-135m-instruct --no-remat \
+	  --task arithmetic --task-options hardest=2 --prompt-tokens 64 --response-tokens 16 \
+	  --training.steps 10 --training.prompts 16 --training.kl-sequences 32 \
+	  --training.sequences-at-a-time 32 --training.validation-problems 128 \
+	  --training.validation-every 2 --training.method.learning-rate 1e-5
 
 BENCH := .venv/bin/python -m benchmarks.update_step --repeats 5
 BENCH_METHODS := plain_sum plain_per_sequence plain_batched grpo accumulation accumulation_fused \

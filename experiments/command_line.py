@@ -21,7 +21,7 @@ import pydantic
 import tyro
 from rich import text
 
-from experiments import files
+from experiments import files, presets
 
 Command = TypeVar("Command")
 
@@ -50,6 +50,7 @@ def _exit(status: int, message: str) -> NoReturn:
 
 def read(command: type[Command], prog: str, args: Sequence[str] | None = None) -> Command:
     """The settings that `args` give, by default the command line; exits if they are refused."""
+    args = presets.expanded(sys.argv[1:] if args is None else args)
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):

@@ -21,6 +21,9 @@ from experiments.training import update_norms
 class Command:
     """Trains all methods from one start, with the same prompts and seeds, and compares them.
 
+    `--preset NAME` stands for the flags of a preset, in experiments/presets.py: addition, reversal,
+    smollm2-arithmetic, gsm8k-qwen3-0.6b or mbpp-qwen3-0.6b. Flags beside it win.
+
     Run again, it goes on where it was interrupted, and takes finished runs as they are.
 
     Results go to runs/compare/<method>/seed_<seed> in the current folder, the figures of the latest

@@ -78,7 +78,7 @@ class TrainingConfig:
                 f"problems of {task.name}"
             )
         narrowest = starts.decoder_config(task, model, start).narrowest
-        if "proma_intra" in names and self.method.rank > narrowest:
+        if {"proma_intra", "proma_both"} & set(names) and self.method.rank > narrowest:
             raise ValueError(
                 f"training.method.rank={self.method.rank} must be at most {narrowest}, the inputs "
                 "or outputs of the decoder's narrowest matrix"

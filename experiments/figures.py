@@ -23,6 +23,7 @@ LABELS: dict[MethodName, str] = {
     "grpo_matched": "GRPO, matched norms",
     "proma_accumulation": "PROMA accumulation",
     "proma_intra": "PROMA intra",
+    "proma_both": "PROMA, both",
 }
 # Colours of Okabe and Ito, distinct to colour-blind readers.
 _STYLES: dict[MethodName, dict[str, Any]] = {
@@ -31,6 +32,7 @@ _STYLES: dict[MethodName, dict[str, Any]] = {
     "grpo_matched": {"color": "#E69F00", "linestyle": ":"},
     "proma_accumulation": {"color": "#0072B2", "linestyle": "-"},
     "proma_intra": {"color": "#009E73", "linestyle": "-"},
+    "proma_both": {"color": "#CC79A7", "linestyle": "-"},
 }
 _STEP = "optimizer step"
 _VALIDATION = "greedy validation accuracy"

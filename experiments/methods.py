@@ -4,6 +4,7 @@ Everything else (rollouts, advantages, weights, microbatches, clipping, AdamW) i
 Clipping and AdamW sit inside the accumulation, where they see the whole optimizer step's gradient.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
@@ -19,7 +20,12 @@ import proma_jax as proma
 from experiments import checked, sampling
 from proma_jax import policy_gradient as pg
 
-MethodName = Literal["reinforce", "grpo", "grpo_matched", "proma_accumulation", "proma_intra"]
+MethodName = Literal[
+    "reinforce", "grpo", "grpo_matched", "proma_accumulation", "proma_intra", "proma_both"
+]
+
+FRACTIONS = ("accumulation_fraction", "intra_fraction")
+"""What the variants remove, by the names that their states and metrics have."""
 
 
 @dataclass(frozen=True, config=checked.CONFIG)
@@ -35,14 +41,17 @@ class MethodConfig:
     shrinkage: checked.Fraction = 1.0
     """proma: the fraction of the projection that is removed."""
     ridge: checked.NotNegative = 1e-2
-    """proma_accumulation: added to the Gram matrix of the unit-norm scores."""
+    """Of accumulation: added to the Gram matrix of the unit-norm scores."""
     relative_bound: checked.NotNegative | None = 0.5
-    """proma_accumulation: the removed part is at most this many times as long as the microbatch's
+    """Of accumulation: the removed part is at most this many times as long as the microbatch's
     gradient; None leaves it unbounded, the paper's Algorithm 1."""
     skip_fraction: checked.Fraction = 0.5
-    """proma_accumulation: nothing is removed during this first fraction of the microbatches."""
+    """Of accumulation: nothing is removed during this first fraction of the microbatches."""
+    fused: bool = False
+    """proma: whether it projects inside the backward pass (`proma.accumulated_gradient`), which
+    takes the memory of plain policy gradient. The results are the same but for rounding."""
     rank: checked.Count = 2
-    """proma_intra: dimension of the subspaces of inputs and output gradients, which means something
+    """Of intra: dimension of the subspaces of inputs and output gradients, which means something
     only beside the layers' widths and the tokens of a microbatch. At 2 a layer's gradient loses
     about a tenth of its length here, as the published runs did at 10."""
 
@@ -58,12 +67,16 @@ class Method(NamedTuple):
     """One method.
 
     Attributes:
-        gradient: (params, microbatch) to its loss gradient and the optimizer's extra arguments.
-        optimizer: takes one such gradient per microbatch and moves the parameters at the last.
+        init: from parameters to the optimizer's state.
+        step: one optimizer step: (params, opt_state, minibatch), with the microbatches stacked
+            (k, b, ...), to new parameters, a new state, and for each of `FRACTIONS` that the
+            method removes its values (k,).
     """
 
-    gradient: Callable[[nnx.State, Microbatch], tuple[nnx.State, dict[str, Any]]]
-    optimizer: optax.GradientTransformationExtraArgs
+    init: Callable[[nnx.State], optax.OptState]
+    step: Callable[
+        [nnx.State, optax.OptState, Microbatch], tuple[nnx.State, optax.OptState, dict[str, Any]]
+    ]
 
 
 @functools.lru_cache
@@ -132,22 +145,82 @@ def make_method(
         rescale_to(update_norms) if name == "grpo_matched" else optax.identity(),
         optax.snapshot("update_norm", optax.tree.norm),
     )
+    accumulation = proma.Accumulation(
+        solver="ridge",
+        ridge=config.ridge,
+        shrinkage=config.shrinkage,
+        relative_bound=config.relative_bound,
+        skip_fraction=config.skip_fraction,
+    )
+    intra = proma.Intra(rank=config.rank, shrinkage=config.shrinkage)
+    if config.fused and name in ("proma_accumulation", "proma_intra", "proma_both"):
+        fused = proma.accumulated_gradient(
+            sequence_logprob,
+            accumulation=None if name == "proma_intra" else accumulation,
+            intra=None if name == "proma_accumulation" else intra,
+        )
+        return _at_once(fused, inner)
+    accumulated = proma.accumulate(inner, microbatches, **dataclasses.asdict(accumulation))
+    projected = proma.project_intra(**dataclasses.asdict(intra))
     match name:
         case "reinforce":
-            return Method(loss_gradient(reinforce_loss), plainly_accumulated(inner))
+            return _one_by_one(loss_gradient(reinforce_loss), plainly_accumulated(inner))
         case "grpo" | "grpo_matched":
-            return Method(loss_gradient(clipped_loss), plainly_accumulated(inner))
+            return _one_by_one(loss_gradient(clipped_loss), plainly_accumulated(inner))
         case "proma_accumulation":
-            accumulated = proma.accumulate(
-                inner,
-                every_k_schedule=microbatches,
-                solver="ridge",
-                ridge=config.ridge,
-                shrinkage=config.shrinkage,
-                relative_bound=config.relative_bound,
-                skip_fraction=config.skip_fraction,
-            )
-            return Method(score_gradient, accumulated)
+            return _one_by_one(score_gradient, accumulated)
         case "proma_intra":
-            projected = proma.project_intra(rank=config.rank, shrinkage=config.shrinkage)
-            return Method(score_gradient, optax.chain(projected, plainly_accumulated(inner)))
+            return _one_by_one(score_gradient, optax.chain(projected, plainly_accumulated(inner)))
+        case "proma_both":
+            return _one_by_one(score_gradient, optax.chain(projected, accumulated))
+
+
+def _one_by_one(
+    gradient: Callable[[nnx.State, Microbatch], tuple[nnx.State, dict[str, Any]]],
+    optimizer: optax.GradientTransformationExtraArgs,
+) -> Method:
+    """Hands the gradient of each microbatch to an optimizer that moves at the last.
+
+    Args:
+        gradient: (params, microbatch) to its loss gradient and the optimizer's extra arguments.
+        optimizer: accumulates the gradients.
+    """
+
+    def step(params, opt_state, minibatch):
+        def accumulate(carry, microbatch):
+            params, opt_state = carry
+            grads, extra = gradient(params, microbatch)
+            updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
+            removed = {name: optax.tree.get(opt_state, name, 0.0) for name in FRACTIONS}
+            return (optax.apply_updates(params, updates), opt_state), removed
+
+        (params, opt_state), removed = jax.lax.scan(accumulate, (params, opt_state), minibatch)
+        return params, opt_state, removed
+
+    return Method(optimizer.init, step)
+
+
+class AtOnceState(NamedTuple):
+    """The optimizer's state, and how many steps it has taken."""
+
+    inner: optax.OptState
+    steps: jax.Array
+
+
+def _at_once(gradient_fn: Callable[..., Any], inner: optax.GradientTransformation) -> Method:
+    """Hands the gradient of all microbatches together to the optimizer."""
+
+    def init(params):
+        return AtOnceState(inner.init(params), jnp.int32(0))
+
+    def step(params, opt_state, minibatch):
+        grads, metrics = gradient_fn(params, *minibatch, opt_state.steps)
+        updates, state = inner.update(grads, opt_state.inner, params)
+        removed = {name: getattr(metrics, name) for name in FRACTIONS}
+        return (
+            optax.apply_updates(params, updates),
+            AtOnceState(state, opt_state.steps + 1),
+            removed,
+        )
+
+    return Method(init, step)

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from rich import box, console, progress, table, text
 
-from experiments import configs, figures, records, sampling, starts, training, warm_start
+from experiments import configs, figures, methods, records, sampling, starts, training, warm_start
 from experiments.models.settings import ModelConfig
 from experiments.tasks.settings import TaskConfig
 
@@ -204,7 +204,7 @@ _COLUMNS: list[tuple[str, int, Callable[[Sequence[records.Row]], float]]] = [
     ("start KL\n/ 1e-3", 1, lambda rows: 1e3 * _values(rows, "start_kl")[-1]),
     ("last\nentropy", 3, lambda rows: _values(rows, "entropy")[-1]),
     ("update\nnorm", 4, lambda rows: fmean(_values(rows, "update_norm"))),
-    ("re-\nmoved", 3, lambda rows: sum(fmean(_values(rows, f)) for f in training.FRACTIONS)),
+    ("re-\nmoved", 3, lambda rows: sum(fmean(_values(rows, f)) for f in methods.FRACTIONS)),
     ("seconds\n/ step", 3, lambda rows: median(_values(rows, "seconds"))),
 ]
 

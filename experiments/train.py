@@ -27,6 +27,10 @@ from experiments.tasks.settings import TaskConfig
 class Command:
     """Trains a policy by one method. Run again, it goes on where it was interrupted.
 
+    `--preset NAME` stands for the flags of a preset, in experiments/presets.py: addition, reversal,
+    smollm2-arithmetic, gsm8k-qwen3-0.6b or mbpp-qwen3-0.6b. `--config FILE` stands for those of an
+    earlier run's config.json. Flags beside them win.
+
     Results go to runs/train/<method>/seed_<seed> in the current folder, the warm start, where no
     pretrained model is named, to runs/warm_start.
     """

@@ -21,9 +21,6 @@ from experiments import batches, methods, records, sampling, validation
 from experiments.configs import RunConfig, TrainingConfig
 from proma_jax import policy_gradient as pg
 
-FRACTIONS = ("accumulation_fraction", "intra_fraction")
-"""What the variants remove; a method uses one of them at most."""
-
 
 class State(NamedTuple):
     """What a run carries from one optimizer step to the next."""
@@ -155,7 +152,7 @@ def _fresh(
     settings = config.training
     return State(
         params=start,
-        opt_state=method.optimizer.init(start),
+        opt_state=method.init(start),
         cumulative_kl=jnp.float32(0),
         rollouts=sampling.no_rollouts(policy, settings.prompts * settings.group_size),
     )
@@ -203,25 +200,10 @@ def update(
     opt_state: optax.OptState,
     minibatch: methods.Microbatch,
 ) -> tuple[nnx.State, optax.OptState, dict[str, jax.Array]]:
-    """One optimizer step: a scan over the microbatches of `minibatch` (k, b, ...)."""
-
-    def accumulate(carry, microbatch):
-        params, opt_state = carry
-        grads, extra = method.gradient(params, microbatch)
-        updates, opt_state = method.optimizer.update(grads, opt_state, params, **extra)
-        removed = {name: optax.tree.get(opt_state, name, 0.0) for name in FRACTIONS}
-        return (optax.apply_updates(params, updates), opt_state), removed
-
-    (params, opt_state), removed = jax.lax.scan(accumulate, (params, opt_state), minibatch)
-    return (
-        params,
-        opt_state,
-        {
-            "gradient_norm": optax.tree.get(opt_state, "gradient_norm"),
-            "update_norm": optax.tree.get(opt_state, "update_norm"),
-        }
-        | jax.tree.map(jnp.mean, removed),
-    )
+    """One optimizer step, from the microbatches of `minibatch` (k, b, ...)."""
+    params, opt_state, removed = method.step(params, opt_state, minibatch)
+    lengths = {name: optax.tree.get(opt_state, name) for name in ("gradient_norm", "update_norm")}
+    return params, opt_state, lengths | jax.tree.map(jnp.mean, removed)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "at_a_time"))

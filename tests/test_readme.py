@@ -11,7 +11,7 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 def test_the_code_of_the_readme_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
@@ -19,6 +19,8 @@ def test_the_code_of_the_readme_runs(capsys):
     assert "updated: True, removed: 0." in printed
     assert "LookupFactors" in printed
     assert "intra: [0." in printed
+    capitals = names["Capitals"]()
+    assert capitals.grade(capitals.training[:2], ["TREE", "House"]) == {"reward": [1.0, 0.0]}
 
     microbatch = {"tokens": names["tokens"][:8], "mask": names["mask"][:8]}
     for chain in ("intra", "both"):

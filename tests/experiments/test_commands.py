@@ -1,8 +1,10 @@
 """The two commands: what they refuse, and the figures they draw."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -14,14 +16,18 @@ from experiments import (
     command_line,
     compare,
     configs,
+    environment,
     figures,
     files,
     methods,
+    presets,
     records,
     train,
     training,
 )
 from tests.experiments import tiny
+
+MODEL = pathlib.Path(__file__).parent / "models" / "data" / "qwen3"
 
 
 def rows(offset: float):
@@ -127,7 +133,11 @@ REFUSED = [
     ("module", "flags", "told"),
     [
         *((train, flags, f"{flags.removeprefix(ACCUMULATION)} {told}") for flags, told in REFUSED),
-        (train, "", "--method {reinforce,grpo,grpo_matched,proma_accumulation,proma_intra}"),
+        (
+            train,
+            "",
+            "--method {reinforce,grpo,grpo_matched,proma_accumulation,proma_intra,proma_both}",
+        ),
         (train, "--method ppo", "invalid choice 'ppo' for argument '--method'. Expected one of"),
         (train, "--method grpo --training.steps x", "--training.steps: invalid literal"),
         (train, "--method grpo --step 3", "Unrecognized options: --step"),
@@ -270,3 +280,47 @@ def test_a_refusal_leaves_no_folder_behind(flags, status, told, tmp_path):
     assert told in done.stderr
     assert len(done.stderr.splitlines()) <= 2
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_preset_stands_for_flags_and_flags_beside_it_win():
+    flags = "--method grpo --preset reversal --start.decoder.layers 5 --training.steps 2"
+    command = command_line.read(train.Command, "prog", flags.split())
+    assert command.task.task == "reversal"
+    assert command.start.decoder.layers == 5
+    assert command.training.steps == 2
+
+
+@pytest.mark.parametrize("name", [name for name in presets.PRESETS if "qwen3" not in name])
+def test_presets_are_settings_of_both_commands(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(MODEL, tmp_path / "models" / "smollm2-135m-instruct")
+    command_line.read(train.Command, "prog", ["--method", "grpo", "--preset", name])
+    command_line.read(compare.Command, "prog", ["--preset", name])
+
+
+def test_a_runs_config_gives_its_settings_again(tmp_path):
+    flags = (
+        "--method proma_intra --seed 3 --task reversal --task-options length=4 letters=9 "
+        "--no-remat --training.method.relative-bound None --start.decoder.no-tied-head"
+    )
+    config = command_line.read(train.Command, "prog", flags.split()).run_config()
+    environment.describe(tmp_path, config)
+    again = ["--config", str(tmp_path / "config.json")]
+    assert command_line.read(train.Command, "prog", again).run_config() == config
+    other = command_line.read(train.Command, "prog", [*again, "--seed", "4", "--remat"])
+    assert other.run_config() == dataclasses.replace(
+        config, seed=4, model=dataclasses.replace(config.model, remat=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--preset", "none"], "There is no preset 'none', but: addition, "),
+        (["--config", "none.json"], "none.json cannot be used: "),
+        (["--config"], " cannot be used: "),
+    ],
+)
+def test_a_preset_or_config_that_is_not_there_is_named(flags, told):
+    with pytest.raises(files.Failure, match=told):
+        command_line.read(train.Command, "prog", flags)

@@ -71,7 +71,7 @@ def start(tmp_path_factory):
 def runs(start, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     metrics = {}
-    for method in ("reinforce", "grpo", "proma_accumulation", "proma_intra"):
+    for method in ("reinforce", "grpo", "proma_accumulation", "proma_intra", "proma_both"):
         metrics[method] = training.train(config_of(method), *start, root / method)
     norms = training.update_norms(metrics["proma_accumulation"])
     matched = config_of("grpo_matched", update_norms=norms)
@@ -119,7 +119,7 @@ def test_only_proma_projects(runs):
     for method, rows in runs.items():
         for variant in ("accumulation", "intra"):
             removes = {row[f"{variant}_fraction"] > 0 for row in rows[1:]}
-            assert removes == {method == f"proma_{variant}"}
+            assert removes == {method in (f"proma_{variant}", "proma_both")}
 
 
 def test_matched_updates_have_the_norms_of_the_other_run(runs):
@@ -138,6 +138,21 @@ def test_proma_without_shrinkage_is_reinforce(method, start, runs, tmp_path):
     for row, expected in zip(rows[1:], runs["reinforce"][1:3], strict=True):
         for key in ("gradient_norm", "update_norm", "step_kl", "entropy"):
             np.testing.assert_allclose(row[key], expected[key], rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["proma_accumulation", "proma_intra", "proma_both"])
+def test_the_fused_form_trains_alike(method, start, tmp_path):
+    def train(fused):
+        settings = dataclasses.replace(TRAINING, steps=2, prompts=4)
+        settings = dataclasses.replace(
+            settings, method=dataclasses.replace(settings.method, fused=fused)
+        )
+        directory = tmp_path / f"fused_{fused}"
+        return training.train(tiny.run_config(method, settings), *start, directory)
+
+    for row, expected in zip(train(fused=True)[1:], train(fused=False)[1:], strict=True):
+        for key in ("gradient_norm", "update_norm", "accumulation_fraction", "intra_fraction"):
+            np.testing.assert_allclose(row[key], expected[key], rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", ["reinforce", "proma_accumulation", "proma_intra"])

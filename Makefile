@@ -46,12 +46,8 @@ demo: .venv/.experiments  ## compare the methods on integer addition; a CPU will
 
 demo-llm: models/smollm2-135m-instruct .venv/.models  ## train SmolLM2-135M on arithmetic by GRPO and PROMA
 	@echo "Running python -m experiments.compare on SmolLM2-135M"
-	@.venv/bin/python -m experiments.compare --directory runs/smollm2-arithmetic --seeds 0 \
-	  --methods grpo proma_accumulation --model models/smollm2-135m-instruct --no-remat \
-	  --task arithmetic --task-options hardest=2 --prompt-tokens 64 --response-tokens 16 \
-	  --training.steps 10 --training.prompts 16 --training.kl-sequences 32 \
-	  --training.sequences-at-a-time 32 --training.validation-problems 128 \
-	  --training.validation-every 2 --training.method.learning-rate 1e-5
+	@.venv/bin/python -m experiments.compare --preset smollm2-arithmetic --seeds 0 \
+	  --methods grpo proma_accumulation --directory runs/smollm2-arithmetic
 
 BENCH := .venv/bin/python -m benchmarks.update_step --repeats 5
 BENCH_METHODS := plain_sum plain_per_sequence plain_batched grpo accumulation accumulation_fused \

@@ -16,7 +16,7 @@ _MBPP = """
 --training.microbatch-size 8 --training.steps 52 --training.validation-every 4
 --training.sequences-at-a-time 64 --training.kl-sequences 64
 --training.method.learning-rate 2e-6 --training.method.relative-bound None
---training.method.rank 10 --prompt-tokens 512 --response-tokens 1024 --logits-at-a-time 256
+--training.method.rank 10 --training.method.fused --prompt-tokens 512 --response-tokens 1024 --logits-at-a-time 256
 """
 
 PRESETS = {
@@ -30,7 +30,7 @@ PRESETS = {
         --prompt-tokens 64 --response-tokens 16 --training.steps 10 --training.prompts 16
         --training.sequences-at-a-time 32 --training.kl-sequences 32
         --training.validation-problems 128 --training.validation-every 2
-        --training.method.learning-rate 1e-5
+        --training.method.learning-rate 1e-5 --training.method.fused
     """,
     "gsm8k-qwen3-0.6b": f"""
         --model models/qwen3-0.6b --task gsm8k

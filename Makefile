@@ -103,8 +103,9 @@ format: .venv/.dev  ## fix style and formatting
 	@.venv/bin/ruff check --fix
 	@.venv/bin/ruff format
 
-typecheck: .venv/.dev  ## check types
+typecheck: .venv/.dev  ## check types, those of a user's program strictly
 	@.venv/bin/mypy
+	@.venv/bin/mypy --strict --follow-imports=silent tests/typed_user.py
 
 test-floor: $(UV)  ## run the library's tests at the oldest supported dependencies
 	@$(UV) venv --quiet --clear --python .uv/bin/python .venv-floor

@@ -65,7 +65,7 @@ def rollout(params, key):
         logits = logits_fn(params, tokens)[:, t]
         return tokens.at[:, t + 1].set(jax.random.categorical(jax.random.fold_in(key, t), logits))
 
-    first = jax.random.randint(key, BATCH, 0, VOCABULARY)
+    first = jax.random.randint(key, (BATCH,), 0, VOCABULARY)
     tokens = jnp.zeros((BATCH, TOKENS + 1), jnp.int32).at[:, 0].set(first)
     tokens = jax.lax.fori_loop(0, TOKENS, sample, tokens)
     rewards = jnp.mean(tokens[:, 1:] == tokens[:, :-1], axis=1)

@@ -67,7 +67,7 @@ def loss_fn(params, batch):
 def rollout(params, key):
     """Samples responses and grades them: a batch, and its mean reward."""
     prompt_key, key = jax.random.split(key)
-    prompts = jnp.repeat(jax.random.randint(prompt_key, PROMPTS, 0, STOP - 1), GROUP)
+    prompts = jnp.repeat(jax.random.randint(prompt_key, (PROMPTS,), 0, STOP - 1), GROUP)
     tokens = jnp.zeros((len(prompts), 1 + RESPONSE), jnp.int32).at[:, 0].set(prompts)
 
     def sample(t, tokens):

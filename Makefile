@@ -35,7 +35,7 @@ echo "Using $$($$python --version) ($$python)"
 endef
 
 .PHONY: help demo demo-llm bench bench-tpu model-smollm2 test test-transformers campaign lint format \
-  typecheck test-floor test-newest lock clean
+  typecheck test-floor test-newest package lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -99,8 +99,9 @@ format: .venv/.dev  ## fix style and formatting
 	@.venv/bin/ruff check --fix
 	@.venv/bin/ruff format
 
-typecheck: .venv/.dev  ## check types
+typecheck: .venv/.dev  ## check types, those of a user's program strictly
 	@.venv/bin/mypy
+	@.venv/bin/mypy --strict --follow-imports=silent tests/typed_user.py
 
 test-floor: $(UV)  ## run the library's tests at the oldest supported dependencies
 	@$(UV) venv --quiet --clear --python .uv/bin/python .venv-floor
@@ -113,6 +114,25 @@ test-newest: $(UV)  ## run the library's tests at the newest dependencies (needs
 	@$(UV) pip install --python .venv-newest --editable '.[dev]'
 	@echo "Running the library's tests at the newest dependencies"
 	@.venv-newest/bin/$(PYTEST) $(LIBRARY_TESTS)
+
+TWINE := twine==6.2.0
+MYPY := mypy==2.4.1
+
+package: $(UV)  ## build the wheel and sdist into dist/, check them, try the wheel alone
+	@rm -rf build dist
+	@$(UV) build --quiet
+	@$(UV) tool run --quiet $(TWINE) check --strict dist/*
+	@$(UV) venv --quiet --clear --python .uv/bin/python .venv-package
+	@$(UV) pip install --quiet --python .venv-package dist/*.whl
+	@echo "Running the docstrings' examples from the wheel, without extras"
+	@.venv-package/bin/python -I .ci/try_package.py
+	@echo "Running the README's examples from the wheel, with flax"
+	@$(UV) pip install --quiet --python .venv-package flax
+	@.venv-package/bin/python -I .ci/try_package.py README.md
+	@echo "Checking a user's types against the wheel"
+	@cp tests/typed_user.py .venv-package/
+	@cd .venv-package; ../$(UV) tool run --quiet $(MYPY) --python-executable bin/python \
+	  --strict --ignore-missing-imports typed_user.py
 
 lock: $(UV)  ## resolve uv.lock anew
 	@$(UV) lock --upgrade

@@ -1,0 +1,46 @@
+"""Tries an installed proma_jax, without its source: `make package` runs this in a fresh environment.
+
+    python -I .ci/try_package.py            # the examples of the docstrings, without extras
+    python -I .ci/try_package.py README.md  # the code of a page
+
+"""
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+import sys
+
+import proma_jax
+
+
+def run_docstrings() -> None:
+    """Runs the examples of all modules."""
+    modules = pkgutil.walk_packages(proma_jax.__path__, "proma_jax.")
+    results = [doctest.testmod(importlib.import_module(module.name)) for module in modules]
+    failed, attempted = (sum(column) for column in zip(*results, strict=True))
+    print(f"{attempted} lines of examples in docstrings, {failed} failed")
+    if failed or not attempted:
+        sys.exit(1)
+
+
+def run_page(path: pathlib.Path) -> None:
+    """Runs a page's blocks of Python, one after the other."""
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(path), "exec"), names)
+    if not blocks:
+        sys.exit(f"{path} has no block of Python.")
+
+
+if __name__ == "__main__":
+    location = pathlib.Path(proma_jax.__file__)
+    if "site-packages" not in location.parts:
+        sys.exit(f"{location} is not an installed proma_jax.")
+    if pages := sys.argv[1:]:
+        for page in pages:
+            run_page(pathlib.Path(page))
+    else:
+        run_docstrings()

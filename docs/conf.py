@@ -44,6 +44,7 @@ html_theme_options = {
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+smartquotes = False
 html_math_renderer = "mathml"
 exclude_patterns = ["_build"]
 

@@ -27,5 +27,6 @@ def _display(self, node):
 
 
 def setup(app):
+    """What Sphinx calls to connect the functions above."""
     app.add_html_math_renderer("mathml", (_inline, None), (_display, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -35,7 +35,7 @@ echo "Using $$($$python --version) ($$python)"
 endef
 
 .PHONY: help demo demo-llm bench bench-tpu model-smollm2 test test-transformers campaign lint format \
-  typecheck test-floor test-newest package lock clean
+  typecheck test-floor test-newest package docs docs-serve lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -83,7 +83,7 @@ models/smollm2-135m-instruct: | .venv/.models
 TRANSFORMERS := torch==2.13.0 transformers==5.24.0
 
 test-transformers: $(UV)  ## compare the models with those of transformers (installs torch)
-	@UV_PROJECT_ENVIRONMENT=.venv-transformers $(UV) sync --locked --inexact --python .uv/bin/python --all-extras
+	@UV_PROJECT_ENVIRONMENT=.venv-transformers $(UV) sync --locked --inexact --python .uv/bin/python --all-extras --no-extra docs
 	@.uv/bin/python -m pip --python .venv-transformers install --quiet --disable-pip-version-check $(TRANSFORMERS)
 	@echo "Running the tests of the models against transformers"
 	@.venv-transformers/bin/python -m pytest tests/experiments/models/test_transformers.py
@@ -134,6 +134,14 @@ package: $(UV)  ## build the wheel and sdist into dist/, check them, try the whe
 	@cd .venv-package; ../$(UV) tool run --quiet $(MYPY) --python-executable bin/python \
 	  --strict --ignore-missing-imports typed_user.py
 
+docs: .venv-docs/.docs  ## build the documentation into build/docs, run its code, check its links
+	@.venv-docs/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet \
+	  --doctree-dir build/doctrees docs build/docs
+	@echo "The documentation is in build/docs/index.html"
+
+docs-serve: docs  ## show the documentation at http://localhost:8000
+	@.venv-docs/bin/python -m http.server --directory build/docs 8000
+
 lock: $(UV)  ## resolve uv.lock anew
 	@$(UV) lock --upgrade
 
@@ -158,5 +166,10 @@ $(UV):
 
 .venv/.dev: $(LOCK) | $(UV)
 	@echo "Installing proma_jax, what the experiments need and the tools into .venv"
-	@$(UV) sync --locked --python .uv/bin/python --all-extras
+	@$(UV) sync --locked --python .uv/bin/python --all-extras --no-extra docs
+	@touch $@
+
+.venv-docs/.docs: $(LOCK) | $(UV)
+	@echo "Installing proma_jax and what builds its documentation into .venv-docs"
+	@UV_PROJECT_ENVIRONMENT=.venv-docs $(UV) sync --locked --python .uv/bin/python --extra docs
 	@touch $@

@@ -38,7 +38,7 @@ def use_proma(
         sequence packing, no microbatches, a checkpoint from amid an optimizer step.
     """
     try:
-        import tunix  # noqa: F401
+        import tunix.rl  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "proma_jax.tunix needs Tunix, which the extra 'tunix' installs: "

@@ -64,14 +64,18 @@ def _check_learner(learner: Any) -> None:
             f"the trainer accumulates by {type(trainer.optimizer.tx).__name__}, not by "
             "optax.MultiSteps as in google-tunix 0.1.7: install that."
         )
+    if getattr(trainer.model.config, "use_flash_attention", False):
+        raise ValueError(
+            "the model uses flash attention, with which per-sequence scores have never been tried: "
+            "make it with use_flash_attention=False."
+        )
     taken = int(trainer.optimizer.opt_state.mini_step[...])
     if taken:
         raise ValueError(
-            f"the checkpoint of step {trainer.train_steps} in {config.checkpoint_root_directory} "
-            f"was saved amid an optimizer step, after {taken} of "
-            f"{config.gradient_accumulation_steps} microbatches, but Tunix goes on as if none had "
-            f"been taken: remove the folder {trainer.train_steps} there to go on from the one "
-            "before."
+            f"the optimizer has taken {taken} of {config.gradient_accumulation_steps} microbatches "
+            "of a step, but Tunix counts from 0 where it starts, as from a checkpoint that was "
+            f"saved amid a step: remove {config.checkpoint_root_directory}/{trainer.train_steps} "
+            "to go on from the checkpoint before it."
         )
 
 

@@ -115,3 +115,12 @@ def test_with_projection_three_steps_are_those_of_our_own_loop(family, variant):
             fractions = tiny.logged(learner, f"proma/{name}_fraction")
             assert len(fractions) == 3
             assert all(0 < fraction < 1 for fraction in fractions)
+
+
+def test_a_mesh_changes_nothing():
+    def parameters(mesh_shape):
+        model = models.tiny_qwen3(num_kv_heads=2)
+        learner, _ = trained(tiny.learner(model, mesh_shape=mesh_shape), **VARIANTS["both"])
+        return jax.device_get(tiny.parameters(learner))
+
+    chex.assert_trees_all_close(parameters((2, 2)), parameters((1, 1)), atol=1e-5)

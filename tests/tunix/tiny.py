@@ -41,21 +41,18 @@ def reward(prompts, completions, **kwargs):
 def prompts(batches=8, size=4):
     """Batches of prompts of differing lengths."""
     rng = np.random.default_rng(0)
-    return [
-        {
-            "prompts": [
-                " ".join(map(str, rng.integers(3, VOCABULARY, rng.integers(2, 5))))
-                for _ in range(size)
-            ]
-        }
-        for _ in range(batches)
-    ]
+
+    def prompt():
+        return " ".join(map(str, rng.integers(3, VOCABULARY, rng.integers(2, 5))))
+
+    return [{"prompts": np.array([prompt() for _ in range(size)])} for _ in range(batches)]
 
 
-def learner(model=None, *, training=None, rollout=None, learner_class=None, **algorithm):
+def learner(model=None, *, mesh_shape=(1, 1), training=None, rollout=None, **algorithm):
     """A GRPOLearner with microbatches of 2 prompts and 2 of them a step, unless told otherwise."""
     model = tiny_qwen3() if model is None else model
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    devices = np.array(jax.devices()[: np.prod(mesh_shape)])
+    mesh = jax.sharding.Mesh(devices.reshape(mesh_shape), ("fsdp", "tp"))
     training = {
         "actor_optimizer": optax.adamw(1e-2),
         "eval_every_n_steps": 100,
@@ -80,9 +77,7 @@ def learner(model=None, *, training=None, rollout=None, learner_class=None, **al
         ),
     )
     settings = grpo_learner.GRPOConfig(**{"num_generations": GROUP, "beta": 0.0} | algorithm)
-    return (learner_class or grpo_learner.GRPOLearner)(
-        rl_cluster=cluster, algo_config=settings, reward_fns=reward
-    )
+    return grpo_learner.GRPOLearner(rl_cluster=cluster, algo_config=settings, reward_fns=reward)
 
 
 def parameters(learner):

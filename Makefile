@@ -11,6 +11,8 @@ PYTEST := python -m pytest -n 2
 LIBRARY_TESTS := proma_jax tests --ignore tests/experiments --ignore tests/benchmarks \
   -m "not any_version and not campaign" --hypothesis-profile versions
 LOCK := pyproject.toml setup.cfg uv.lock
+# docs and tunix have environments of their own.
+DEV_EXTRAS := --all-extras --no-extra docs --no-extra tunix
 
 # Interpreters from the environment and pyenv; none is downloaded.
 export UV_PYTHON_DOWNLOADS := never
@@ -34,8 +36,8 @@ fi; \
 echo "Using $$($$python --version) ($$python)"
 endef
 
-.PHONY: help demo demo-llm bench bench-tpu model-smollm2 test test-transformers campaign lint format \
-  typecheck test-floor test-newest package docs docs-serve lock clean
+.PHONY: help demo demo-llm bench bench-tpu model-smollm2 test test-transformers test-tunix campaign \
+  lint format typecheck test-floor test-newest package docs docs-serve lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -83,10 +85,15 @@ models/smollm2-135m-instruct: | .venv/.models
 TRANSFORMERS := torch==2.13.0 transformers==5.24.0
 
 test-transformers: $(UV)  ## compare the models with those of transformers (installs torch)
-	@UV_PROJECT_ENVIRONMENT=.venv-transformers $(UV) sync --locked --inexact --python .uv/bin/python --all-extras --no-extra docs
+	@UV_PROJECT_ENVIRONMENT=.venv-transformers $(UV) sync --locked --inexact --python .uv/bin/python $(DEV_EXTRAS)
 	@.uv/bin/python -m pip --python .venv-transformers install --quiet --disable-pip-version-check $(TRANSFORMERS)
 	@echo "Running the tests of the models against transformers"
 	@.venv-transformers/bin/python -m pytest tests/experiments/models/test_transformers.py
+
+test-tunix: $(UV)  ## run the tests of PROMA in Tunix, in an environment of its own
+	@UV_PROJECT_ENVIRONMENT=.venv-tunix $(UV) sync --locked --inexact --python .uv/bin/python --extra tunix --extra dev
+	@echo "Running the tests of PROMA in Tunix"
+	@.venv-tunix/bin/$(PYTEST) tests/tunix tests/test_tunix_extra.py
 
 campaign: .venv/.dev  ## run thousands of random cases, and training killed at 25 moments
 	@.venv/bin/$(PYTEST) -m "campaign or hypothesis" --hypothesis-profile campaign
@@ -166,7 +173,7 @@ $(UV):
 
 .venv/.dev: $(LOCK) | $(UV)
 	@echo "Installing proma_jax, what the experiments need and the tools into .venv"
-	@$(UV) sync --locked --python .uv/bin/python --all-extras --no-extra docs
+	@$(UV) sync --locked --python .uv/bin/python $(DEV_EXTRAS)
 	@touch $@
 
 .venv-docs/.docs: $(LOCK) | $(UV)

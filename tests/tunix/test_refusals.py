@@ -1,0 +1,64 @@
+"""What PROMA cannot go with is refused before anything trains, and the learner stays as it was."""
+
+import chex
+import pytest
+
+import proma_jax as proma
+from proma_jax.tunix import use_proma
+from tests.tunix import models, tiny
+
+ACCUMULATION = {"accumulation": proma.Accumulation()}
+ONE_MICROBATCH = {"train_micro_batch_size": 4}
+
+REFUSED = {
+    "are both None": (lambda: tiny.learner(), {}),
+    "packs several sequences": (
+        lambda: tiny.learner(training={"max_seq_token_per_tpu": 64}),
+        ACCUMULATION,
+    ),
+    "has no train_micro_batch_size": (
+        lambda: tiny.learner(training={"train_micro_batch_size": None}),
+        ACCUMULATION,
+    ),
+    "nothing to remove": (lambda: tiny.learner(training=ONE_MICROBATCH), ACCUMULATION),
+    "flash attention": (
+        lambda: tiny.learner(models.tiny_qwen3(use_flash_attention=True)),
+        ACCUMULATION,
+    ),
+    "learner is a dict": (dict, ACCUMULATION),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_go_together_is_refused(message):
+    make, variant = REFUSED[message]
+    learner = make()
+    with pytest.raises(ValueError, match=message):
+        use_proma(learner, **variant)
+    if isinstance(learner, dict):
+        return
+    trainer = learner.rl_cluster.actor_trainer
+    assert not {"create_train_step_fn", "_post_process_train_step"} & vars(trainer).keys()
+
+
+def test_a_second_call_is_refused():
+    learner = tiny.learner()
+    use_proma(learner, **ACCUMULATION)
+    with pytest.raises(ValueError, match="call use_proma once"):
+        use_proma(learner, **ACCUMULATION)
+
+
+def test_another_accumulation_than_multisteps_is_refused():
+    learner = tiny.learner()
+    learner.rl_cluster.actor_trainer.optimizer.tx = object()
+    with pytest.raises(ValueError, match=r"not by optax.MultiSteps as in google-tunix 0\.1\.7"):
+        use_proma(learner, **ACCUMULATION)
+
+
+def test_intra_goes_with_one_microbatch_a_step():
+    learner = tiny.learner(training=ONE_MICROBATCH | {"max_steps": 1})
+    use_proma(learner, intra=proma.Intra(rank=2))
+    before = tiny.parameters(learner)
+    learner.train(tiny.prompts(1))
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(before, tiny.parameters(learner))

@@ -10,17 +10,17 @@ from typing import Any
 
 from experiments import files
 
-_ADDITION = "--task addition"
-_MBPP = """
+_QWEN3 = """
 --training.prompts 64 --training.group-size 16 --training.steps-per-batch 2
 --training.microbatch-size 8 --training.steps 52 --training.validation-every 4
 --training.sequences-at-a-time 64 --training.kl-sequences 64
 --training.method.learning-rate 2e-6 --training.method.relative-bound None
---training.method.rank 10 --training.method.fused --prompt-tokens 512 --response-tokens 1024 --logits-at-a-time 256
+--training.method.rank 10 --training.method.fused
+--prompt-tokens 512 --response-tokens 1024 --logits-at-a-time 256
 """
 
 PRESETS = {
-    "addition": _ADDITION,
+    "addition": "--task addition",
     "reversal": """
         --task reversal --start.decoder.layers 3 --start.target-accuracy 0.4
         --start.max-steps 4000 --training.steps 40
@@ -34,11 +34,11 @@ PRESETS = {
     """,
     "gsm8k-qwen3-0.6b": f"""
         --model models/qwen3-0.6b --task gsm8k
-        --task-options train_file=data/gsm8k_train.jsonl validation_file=data/svamp.json {_MBPP}
+        --task-options train_file=data/gsm8k_train.jsonl validation_file=data/svamp.json {_QWEN3}
     """,
     "mbpp-qwen3-0.6b": f"""
         --model models/qwen3-0.6b --allow-code-execution --task mbpp
-        --task-options train_file=data/mbpp.jsonl validation_file=data/HumanEval.jsonl.gz {_MBPP}
+        --task-options train_file=data/mbpp.jsonl validation_file=data/HumanEval.jsonl.gz {_QWEN3}
     """,
 }
 """Each preset's flags. Those with Qwen3-0.6B are the paper's setting: 64 prompts x 16 responses,

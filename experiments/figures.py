@@ -1,7 +1,7 @@
 """The paper's four figures, from the metrics of finished runs.
 
-Greedy validation accuracy, per-step KL and KL to the start against the optimizer step, and the
-validation accuracy against the cumulative KL: a low KL may only mean a small step, so the last one
+Greedy validation reward, per-step KL and KL to the start against the optimizer step, and the
+validation reward against the cumulative KL: a low KL may only mean a small step, so the last one
 shows what each nat bought. With several seeds, lines are means and bands reach from least to most.
 """
 
@@ -35,7 +35,7 @@ _STYLES: dict[MethodName, dict[str, Any]] = {
     "proma_both": {"color": "#CC79A7", "linestyle": "-"},
 }
 _STEP = "optimizer step"
-_VALIDATION = "greedy validation accuracy"
+_VALIDATION = "greedy validation reward"
 
 
 def _curves(panel: axes.Axes, results: Results, x: str, y: str) -> None:

@@ -167,7 +167,7 @@ def start(
             )
         last = records.read_metrics(shown.directory)[-1]
         how = (
-            f"greedy validation accuracy {last['validation']:.2f} after {last['step']} supervised "
+            f"greedy validation reward {last['validation']:.2f} after {last['step']} supervised "
             "steps"
         )
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -218,9 +218,9 @@ def summary(results: figures.Results) -> table.Table:
     seeds = max(len(runs) for runs in results.values())
     shown = table.Table(
         title=f"Results of {seeds} seeds: mean, ± standard deviation" if seeds > 1 else "Results",
-        caption="score: greedy validation accuracy; step KL: mean over the steps of KL(before ‖ "
-        "after); start KL: KL(last policy ‖ start); KL and entropy in nats per token; update norm, "
-        "removed fraction: mean; seconds of an update: median",
+        caption="score: mean greedy reward on held-out problems; step KL: mean over the steps of "
+        "KL(before ‖ after); start KL: KL(last policy ‖ start); KL and entropy in nats per token; "
+        "update norm, removed fraction: mean; seconds of an update: median",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=0,

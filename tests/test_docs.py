@@ -21,7 +21,9 @@ def names(text):
 
 
 def paths(text):
-    return set(re.findall(r"`((?:tests|examples|experiments|benchmarks|proma_jax)/[\w/]+\.py)`", text))
+    return set(
+        re.findall(r"`((?:tests|examples|experiments|benchmarks|proma_jax)/[\w/]+\.py)`", text)
+    )
 
 
 def targets(text):

@@ -28,6 +28,7 @@ def task(name, **file_names):
     return TaskConfig(name, options, allow_code_execution=name == "mbpp")
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(
     ("name", "file_names"),
     [

@@ -35,7 +35,7 @@ echo "Using $$($$python --version) ($$python)"
 endef
 
 .PHONY: help demo demo-llm bench bench-tpu model-smollm2 test test-transformers campaign lint format \
-  typecheck test-floor test-newest package lock clean
+  typecheck test-floor test-newest package publish lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -137,6 +137,9 @@ package: $(UV)  ## build the wheel and sdist into dist/, check them, try the whe
 	@cp tests/typed_user.py .venv-package/
 	@cd .venv-package; ../$(UV) tool run --quiet $(MYPY) --python-executable bin/python \
 	  --strict --ignore-missing-imports typed_user.py
+
+publish: $(UV)  ## upload dist/ to the package index, as the workflow of a tagged version does
+	@$(UV) publish --trusted-publishing always dist/*.whl dist/*.tar.gz
 
 lock: $(UV)  ## resolve uv.lock anew
 	@$(UV) lock --upgrade

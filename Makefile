@@ -37,7 +37,7 @@ echo "Using $$($$python --version) ($$python)"
 endef
 
 .PHONY: help demo demo-llm bench bench-tpu model-smollm2 test test-transformers test-tunix campaign \
-  lint format typecheck test-floor test-newest package docs docs-serve lock clean
+  lint format typecheck test-floor test-newest package publish docs docs-serve lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -140,6 +140,9 @@ package: $(UV)  ## build the wheel and sdist into dist/, check them, try the whe
 	@cp tests/typed_user.py .venv-package/
 	@cd .venv-package; ../$(UV) tool run --quiet $(MYPY) --python-executable bin/python \
 	  --strict --ignore-missing-imports typed_user.py
+
+publish: $(UV)  ## upload dist/ to the package index, as the workflow of a tagged version does
+	@$(UV) publish --trusted-publishing always dist/*.whl dist/*.tar.gz
 
 docs: .venv-docs/.docs  ## build the documentation into build/docs, run its code, check its links
 	@.venv-docs/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet \

@@ -1,8 +1,7 @@
-"""Tries an installed proma_jax, without its source: `make package` runs this in a fresh environment.
+"""Tries an installed proma_jax without its source; `make package` runs it in a fresh environment.
 
-    python -I .ci/try_package.py            # the examples of the docstrings, without extras
-    python -I .ci/try_package.py README.md  # the code of a page
-
+Without arguments it runs the examples of the docstrings, which need no extras, else the blocks of
+Python of the pages named.
 """
 
 import doctest

@@ -1,4 +1,4 @@
-"""Saves a run in the middle of an accumulation, and goes on. Takes N seconds on 2 CPU cores.
+"""Saves a run in the middle of an accumulation, and goes on. About 15 seconds on 2 CPU cores.
 
     python examples/checkpoint_and_resume.py        # needs orbax-checkpoint
 

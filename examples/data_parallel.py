@@ -1,4 +1,4 @@
-"""Data-parallel training on 8 devices under jax.jit. Takes N seconds on 2 CPU cores.
+"""Data-parallel training on 8 devices under jax.jit. About 15 seconds on 2 CPU cores.
 
     python examples/data_parallel.py
 

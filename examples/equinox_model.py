@@ -1,4 +1,4 @@
-"""An Equinox model: partition it, and PROMA takes its arrays. Takes N seconds on 2 CPU cores.
+"""An Equinox model: partition it, and PROMA takes its arrays. About 20 seconds on 2 CPU cores.
 
     python examples/equinox_model.py        # needs equinox
 

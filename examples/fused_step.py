@@ -1,4 +1,4 @@
-"""A whole optimizer step inside the backward pass. Takes N seconds on 2 CPU cores.
+"""A whole optimizer step inside the backward pass. About 20 seconds on 2 CPU cores.
 
     python examples/fused_step.py
 

@@ -1,4 +1,4 @@
-"""GRPO with PROMA accumulation from end to end: a loop to copy. Takes N seconds on 2 CPU cores.
+"""GRPO with PROMA accumulation from end to end: a loop to copy. About 40 seconds on 2 CPU cores.
 
     python examples/grpo_with_proma.py        # needs flax
 

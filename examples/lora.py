@@ -1,4 +1,4 @@
-"""LoRA on a frozen Flax NNX model: only the adapters are projected. Takes N seconds on 2 CPU cores.
+"""LoRA on a frozen NNX model: only the adapters are projected. About 15 seconds on 2 CPU cores.
 
     python examples/lora.py        # needs flax
 

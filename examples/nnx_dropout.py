@@ -1,11 +1,13 @@
-"""A Flax NNX model with dropout: a random key per sequence. Takes N seconds on 2 CPU cores.
+"""A Flax NNX model with dropout: a random key per sequence. About 15 seconds on 2 CPU cores.
 
     python examples/nnx_dropout.py        # needs flax
 
-`logprob_fn` must be a function of its arguments alone, but the `Rngs` in an `nnx.Dropout` are
-state that every call changes. Left as they are, they would give all sequences of all steps one
-dropout mask. So each sequence brings a key of its own, like its tokens, and `nnx.reseed` puts it
-into a copy of the model. The model is a user's own, unchanged.
+`logprob_fn` must be a function of its arguments alone, but the `Rngs` that an `nnx.Dropout` may
+hold are state: closed over, they give all sequences one mask, or raise a TraceContextError. So the
+layer holds none and is given some at each call, from a key that comes with the sequence, like its
+tokens. (In a model that must stay as it is, merge with `copy=True` and `nnx.reseed` the copy. But
+reseed knows the streams by the names that they were made with, as in `nnx.Rngs(0, dropout=1)`: for
+a name that no stream has it does nothing, and does not say so.)
 """
 
 import jax
@@ -26,26 +28,28 @@ class Policy(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
         self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
-        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1)
         self.head = nnx.Linear(4 * WIDTH, VOCABULARY, rngs=rngs)
 
-    def __call__(self, tokens):
-        return self.head(self.dropout(nnx.gelu(self.up(self.embed(tokens)))))
+    def __call__(self, tokens, rngs=None):
+        x = nnx.gelu(self.up(self.embed(tokens)))
+        return self.head(self.dropout(x, deterministic=rngs is None, rngs=rngs))
 
 
 @nnx.jit
 def train_step(model, optimizer, microbatch):
-    """One microbatch; every fourth moves the parameters."""
-    graphdef, params, random_state = nnx.split(model, nnx.Param, nnx.RngState)
+    """One microbatch; every fourth moves the parameters. Returns the log-probabilities."""
+    graphdef, params = nnx.split(model, nnx.Param)
 
     def logprob_fn(params, sequence):
-        copy, tokens = nnx.merge(graphdef, params, random_state, copy=True), sequence["tokens"]
-        nnx.reseed(copy, dropout=sequence["key"])
-        return pg.token_logprobs(copy(tokens[:-1]), tokens[1:], jnp.ones_like(tokens[1:])).sum()
+        tokens, rngs = sequence["tokens"], nnx.Rngs(dropout=sequence["key"])
+        logits = nnx.merge(graphdef, params)(tokens[:-1], rngs)
+        return pg.token_logprobs(logits, tokens[1:], jnp.ones_like(tokens[1:])).sum()
 
-    _, scores = proma.sequence_scores(logprob_fn)(params, microbatch)
+    logprobs, scores = proma.sequence_scores(logprob_fn)(params, microbatch)
     grads = proma.weighted_sum(scores, microbatch["coefficients"])
     optimizer.update(model, grads, scores=scores)
+    return logprobs
 
 
 @nnx.jit
@@ -65,17 +69,19 @@ def rollout(model, key):
     return {"tokens": tokens, "coefficients": coefficients, "key": keys}, rewards.mean()
 
 
+def make_optimizer(model):
+    """AdamW around which PROMA accumulates; `nnx.Optimizer` hands the scores on."""
+    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    return nnx.Optimizer(model, proma.accumulate(inner, MICROBATCHES), wrt=nnx.Param)
+
+
 def main(steps=30):
     """Trains, and returns the mean reward of each step's batch."""
     model = Policy(nnx.Rngs(0))
-    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
-    optimizer = nnx.Optimizer(model, proma.accumulate(inner, MICROBATCHES), wrt=nnx.Param)
-    rewards = []
+    optimizer, rewards = make_optimizer(model), []
     for step in range(steps):
-        model.eval()
         batch, reward = rollout(model, jax.random.key(step))
         rewards.append(float(reward))
-        model.train()
         for m in range(MICROBATCHES):
             train_step(model, optimizer, jax.tree.map(lambda x, m=m: x[m::MICROBATCHES], batch))
         print(f"step {step}: reward {rewards[-1]:.3f}")

@@ -1,4 +1,4 @@
-"""PPO's clipped loss with PROMA, and a model in plain JAX. Takes N seconds on 2 CPU cores.
+"""PPO's clipped loss with PROMA, and a model in plain JAX. About 15 seconds on 2 CPU cores.
 
     python examples/ppo_clip_with_proma.py
 

@@ -59,9 +59,8 @@ myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "auto"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 600
 nb_merge_streams = True
-suppress_warnings = ["toc.empty_glob"]  # a page of an optional module may be there or not
 
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"

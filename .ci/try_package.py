@@ -25,7 +25,7 @@ def run_docstrings() -> None:
 
 
 def run_page(path: pathlib.Path) -> None:
-    """Runs a page's blocks of Python but those that use the experiments, which are not installed."""
+    """Runs a page's blocks of Python, but for those that use the experiments."""
     found = re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
     blocks = [block for block in found if "from experiments" not in block]
     names: dict[str, object] = {}

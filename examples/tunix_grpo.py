@@ -42,7 +42,9 @@ class Tokenizer:
 
 def share_of_even(prompts, completions, **kwargs):
     """A reward: the share of a completion's numbers that are even."""
-    return [np.mean([int(word) % 2 == 0 for word in text.split()] or [0]) for text in completions]
+    return [
+        np.mean([int(word) % 2 == 0 for word in text.split()] or [False]) for text in completions
+    ]
 
 
 def prompts(steps, size):

@@ -21,9 +21,8 @@ def names(text):
 
 
 def paths(text):
-    return set(
-        re.findall(r"`((?:tests|examples|experiments|benchmarks|proma_jax)/[\w/]+\.py)`", text)
-    )
+    folders = "tests|examples|experiments|benchmarks|proma_jax|docs"
+    return set(re.findall(rf"`((?:{folders})/[\w/]+\.py)`", text))
 
 
 def targets(text):

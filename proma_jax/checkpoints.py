@@ -31,7 +31,9 @@ def check_restorable(saved: Any, state: Any) -> None:
 
     With orbax-checkpoint, `check_restorable(manager.item_metadata(step).tree, state)` before
     `restored = manager.restore(step, args=ocp.args.StandardRestore(state))`, and
-    `check_restorable(restored, state)` after it, which also compares versions.
+    `check_restorable(restored, state)` after it, which also compares versions. In a new process
+    the metadata is None unless the manager was made with
+    `item_handlers=ocp.StandardCheckpointHandler()`.
 
     Args:
       saved: a pytree of arrays, or of whatever has a shape and a dtype. NamedTuples may have become

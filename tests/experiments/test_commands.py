@@ -133,11 +133,7 @@ REFUSED = [
     ("module", "flags", "told"),
     [
         *((train, flags, f"{flags.removeprefix(ACCUMULATION)} {told}") for flags, told in REFUSED),
-        (
-            train,
-            "",
-            "--method {reinforce,grpo,grpo_matched,proma_accumulation,proma_intra,proma_both}",
-        ),
+        (train, "", "--method {reinforce,grpo,grpo_matched,proma_accumulation,proma_intra,"),
         (train, "--method ppo", "invalid choice 'ppo' for argument '--method'. Expected one of"),
         (train, "--method grpo --training.steps x", "--training.steps: invalid literal"),
         (train, "--method grpo --step 3", "Unrecognized options: --step"),

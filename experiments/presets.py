@@ -23,7 +23,7 @@ PRESETS = {
     "addition": "--task addition",
     "reversal": """
         --task reversal --start.decoder.layers 3 --start.target-accuracy 0.4
-        --start.max-steps 4000 --training.steps 40
+        --start.max-steps 4000 --training.steps 60 --training.method.learning-rate 3e-5
     """,
     "smollm2-arithmetic": """
         --model models/smollm2-135m-instruct --no-remat --task arithmetic --task-options hardest=2

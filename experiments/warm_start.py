@@ -91,22 +91,16 @@ class StartConfig:
         shape, size = self.start.decoder, Characters(self.toy_task.characters).size
         return dataclasses.replace(shape, vocab_size=shape.vocab_size or size)
 
-    @functools.cached_property
-    def policy(self) -> sampling.Policy:
-        """The decoder as yet untrained, and how it reads and writes."""
-        return sampling.Policy(
-            graphdef=nnx.split(self._new_decoder())[0],
+    def untrained(self) -> tuple[sampling.Policy, nnx.State]:
+        """The policy, and its parameters before training."""
+        graphdef, params = nnx.split(Decoder(self.decoder, rngs=nnx.Rngs(self.start.seed)))
+        policy = sampling.Policy(
+            graphdef=graphdef,
             tokenizer=Characters(self.toy_task.characters),
             prompt_width=self.toy_task.longest_prompt,
             response_width=self.toy_task.longest_response + 1,
         )
-
-    def _new_decoder(self) -> Decoder:
-        return Decoder(self.decoder, rngs=nnx.Rngs(self.start.seed))
-
-    def new_params(self) -> nnx.State:
-        """The decoder's parameters before training."""
-        return nnx.split(self._new_decoder())[1]
+        return policy, params
 
 
 def examples(
@@ -166,8 +160,8 @@ def warm_start(
             the target was not reached within max_steps.
         records.Preempted: `stopping` said so; what was done is saved.
     """
-    settings, task, policy = config.start, config.toy_task, config.policy
-    params = config.new_params()
+    settings, task = config.start, config.toy_task
+    policy, params = config.untrained()
     optimizer = optax.chain(
         optax.clip_by_global_norm(settings.max_gradient_norm), optax.adamw(settings.learning_rate)
     )

@@ -43,6 +43,8 @@ class Tokenizer(Protocol):
 class Characters:
     """One token per character, for small tasks: 0 is padding, 1 ends a response.
 
+    Those of one alphabet are equal, so that jit compiles for them once.
+
     Args:
         characters: the alphabet.
     """
@@ -54,6 +56,12 @@ class Characters:
         self._characters = "�" * 2 + characters
         self._tokens = {character: 2 + i for i, character in enumerate(characters)}
         self.size = len(self._characters)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._characters == self._characters
+
+    def __hash__(self) -> int:
+        return hash(self._characters)
 
     def encode(self, prompt: str | Chat) -> list[int]:
         """The tokens of a text; a chat, or another character, is a ValueError."""

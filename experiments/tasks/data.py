@@ -47,15 +47,9 @@ class Data:
 
     @functools.cached_property
     def _split(self) -> tuple[list[Problem], list[Problem]]:
-        problems = _read(self.data)
-        if self.validation_data is None:
-            return problem_files.split(problems, self.validation_problems, self.seed, self.data)
-        validation = _read(self.validation_data)
-        if self.validation_problems < len(validation):
-            _, validation = problem_files.split(
-                validation, self.validation_problems, self.seed, self.validation_data
-            )
-        return problems, validation
+        return problem_files.train_and_validation(
+            _read, self.data, self.validation_data, self.validation_problems, self.seed
+        )
 
     @property
     def training(self) -> list[Problem]:

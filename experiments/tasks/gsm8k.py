@@ -40,17 +40,13 @@ class WordProblems(abc.ABC):
 
     @functools.cached_property
     def _split(self) -> tuple[list[Problem], list[Problem]]:
-        problems = self._problems(self.train_file)
-        if self.validation_file is None:
-            return problem_files.split(
-                problems, self.validation_problems, self.seed, self.train_file
-            )
-        validation = self._problems(self.validation_file)
-        if self.validation_problems < len(validation):
-            _, validation = problem_files.split(
-                validation, self.validation_problems, self.seed, self.validation_file
-            )
-        return problems, validation
+        return problem_files.train_and_validation(
+            self._problems,
+            self.train_file,
+            self.validation_file,
+            self.validation_problems,
+            self.seed,
+        )
 
     def _problems(self, path: pathlib.Path) -> list[Problem]:
         return [

@@ -8,7 +8,7 @@ import gzip
 import json
 import pathlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -98,3 +98,31 @@ def split(
     chosen = set(order[:held_out].tolist())
     training = [problem for i, problem in enumerate(problems) if i not in chosen]
     return training, [problems[i] for i in sorted(chosen)]
+
+
+def train_and_validation(
+    read: Callable[[pathlib.Path], list[Problem]],
+    train_file: pathlib.Path,
+    validation_file: pathlib.Path | None,
+    validation_problems: int,
+    seed: int,
+) -> tuple[list[Problem], list[Problem]]:
+    """Problems to train and to validate on.
+
+    Args:
+        read: the problems of a file.
+        train_file: the file to train on.
+        validation_file: the file to validate on; None: problems of the other are held out.
+        validation_problems: how many are held out, or at most are taken of the second file.
+        seed: chooses them.
+
+    Raises:
+        files.Failure: none would be left to train on.
+    """
+    problems = read(train_file)
+    if validation_file is None:
+        return split(problems, validation_problems, seed, train_file)
+    validation = read(validation_file)
+    if validation_problems < len(validation):
+        _, validation = split(validation, validation_problems, seed, validation_file)
+    return problems, validation

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from experiments import checked, methods, starts, warm_start
+from experiments import checked, methods, starts, validation, warm_start
 from experiments.models.settings import ModelConfig
 from experiments.sampling import SamplingConfig
 from experiments.tasks.settings import TaskConfig
@@ -77,6 +77,9 @@ class TrainingConfig:
                 f"training.prompts={self.prompts} must be at most {problems}, the training "
                 f"problems of {task.name}"
             )
+        validation.check_count(
+            "training.validation_problems", self.validation_problems, task.name, task.made
+        )
         narrowest = starts.decoder_config(task, model, start).narrowest
         if {"proma_intra", "proma_both"} & set(names) and self.method.rank > narrowest:
             raise ValueError(

@@ -37,6 +37,9 @@ class Command:
     directory: pathlib.Path = pathlib.Path("runs/evaluate")
     """Where results go."""
 
+    def __post_init__(self):
+        validation.check_count("problems", self.problems, self.task.name, self.task.made)
+
 
 def main(command: Command) -> None:
     """Runs the command."""

@@ -20,8 +20,16 @@ class Graded(NamedTuple):
 
 def problems(task: Task, count: int | None = None) -> list[Problem]:
     """The first `count` validation problems, or all of them."""
-    total = len(task.validation)
-    return [task.validation[i] for i in range(total if count is None else min(count, total))]
+    return [task.validation[i] for i in range(len(task.validation) if count is None else count)]
+
+
+def check_count(argument: str, count: int | None, name: str, task: Task) -> None:
+    """Raises a ValueError if `count`, given as `argument`, is more than the task `name` has."""
+    if count is not None and count > len(task.validation):
+        raise ValueError(
+            f"{argument}={count} must be at most {len(task.validation)}, the validation problems "
+            f"of {name}"
+        )
 
 
 def respond(

@@ -7,7 +7,7 @@ hold are state: closed over, they give all sequences one mask, or raise a TraceC
 layer holds none and is given some at each call, from a key that comes with the sequence, like its
 tokens. (In a model that must stay as it is, merge with `copy=True` and `nnx.reseed` the copy. But
 reseed knows the streams by the names that they were made with, as in `nnx.Rngs(0, dropout=1)`: for
-a name that no stream has it does nothing, and does not say so.)
+a name that no stream has it does nothing. `proma.check_scores` warns of one mask for all.)
 """
 
 import jax

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -186,6 +186,24 @@ def _made_by(jaxpr: core.Jaxpr, atom: Any) -> tuple[core.JaxprEqn | None, core.J
         else:
             return eqn, jaxpr
     return None, jaxpr
+
+
+def shares_random_numbers(jaxpr: core.Jaxpr, b: int) -> bool:
+    """Whether a program that is mapped over b sequences draws random numbers once for all."""
+    return any(
+        eqn.primitive.name == "random_bits" and b not in eqn.invars[0].aval.shape
+        for eqn in _equations(jaxpr)
+    )
+
+
+def _equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """The equations of a program and of all programs inside of them."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if isinstance(inner, core.Jaxpr):
+                yield from _equations(inner)
 
 
 def is_narrow(jaxpr: core.Jaxpr) -> bool:

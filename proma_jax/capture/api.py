@@ -237,6 +237,10 @@ def check_scores(
       ValueError: as `sequence_scores`; or leaves exceed `rtol`, which the message names. That is a
         bug of proma_jax or a `logprob_fn` that is not a function of its arguments alone.
 
+    Warns:
+      UserWarning: `logprob_fn` draws random numbers, as for dropout, that are the same for all
+        sequences.
+
     Example:
       >>> import jax.numpy as jnp
       >>> params, microbatch = {"w": jnp.ones((3, 2))}, jnp.ones((4, 5, 3))
@@ -258,6 +262,7 @@ def check_scores(
             return jnp.sum(coefficients * mapped(of_one)(microbatch))
 
         try:
+            _warn_of_shared_random_numbers(fn, without_batch_axes(params, microbatch), microbatch)
             expected = jax.grad(loss)(params, jax.vmap)
         except NotImplementedError:
             one_by_one = functools.partial(functools.partial, jax.lax.map)
@@ -283,3 +288,15 @@ def check_scores(
     if off:
         raise ValueError(f"scores differ from jax.grad by more than {rtol=}: {', '.join(off)}.")
     return errors
+
+
+def _warn_of_shared_random_numbers(fn: Callable[..., Any], params: Any, microbatch: Any) -> None:
+    """Warns if the sequences of a microbatch, mapped over, get the same random numbers."""
+    mapped = jax.make_jaxpr(jax.vmap(fn, (None, 0)))(params, microbatch)
+    if _jaxpr.shares_random_numbers(mapped.jaxpr, jax.tree.leaves(microbatch)[0].shape[0]):
+        warnings.warn(
+            "logprob_fn draws random numbers that do not depend on the sequence: all sequences "
+            "get the same ones, for example one dropout mask. Let each sequence bring a random key "
+            "of its own, and nnx.reseed the streams by the names that the model's Rngs gave them.",
+            stacklevel=2,
+        )

@@ -828,6 +828,37 @@ def test_means_are_warned_of_where_they_are_seen(name):
     assert [str(w.message)[:26] for w in caught] == ["logprob_fn ends in a mean."] * (name in MEANS)
 
 
+class Noisy(nnx.Module):
+    """A rematerialised layer whose dropout holds a stream of random numbers of its own."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0, dropout=1)
+        self.linear = nnx.Linear(WIDTH, 1, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    @nnx.remat
+    def __call__(self, x):
+        return self.dropout(self.linear(x))
+
+
+@pytest.mark.parametrize("reseeded", ["dropout", "another", None])
+def test_one_dropout_mask_for_all_sequences_is_warned_of(reseeded):
+    graphdef, params, rest = nnx.split(Noisy(), nnx.Param, ...)
+
+    def logprob_fn(params, sequence):
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        if reseeded is not None:
+            nnx.reseed(model, **{reseeded: sequence["key"]})
+        return model(sequence["x"]).sum()
+
+    microbatch = {"x": jnp.ones((2, TOKENS, WIDTH)), "key": jax.random.split(jax.random.key(0))}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_scores(logprob_fn, params, microbatch)
+    messages = [str(w.message)[:36] for w in caught]
+    assert messages == ["logprob_fn draws random numbers that"] * (reseeded != "dropout")
+
+
 def endless(params, x):
     return jax.lax.while_loop(lambda c: c < 10, lambda c: c + jnp.sum(params * x), 0.0)
 

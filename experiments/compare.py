@@ -93,7 +93,8 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
             _, rows = report.train(config, policy, params, directory, stopping)
             results[method].append(rows)
     report.terminal.print(report.summary(results))
-    drawn = figures.draw(results, command.directory / "figures")
+    title = f"{command.task.name}, {command.training.microbatches} microbatches per optimizer step"
+    drawn = figures.draw(results, title, command.directory / "figures")
     report.terminal.print(
         f"Settings, environment, metrics, checkpoints: {command.directory}/<method>/seed_<seed>, "
         "unless said above\n"

@@ -2,12 +2,12 @@
 
 Greedy validation reward, per-step KL and KL to the start against the optimizer step, and the
 validation reward against the cumulative KL: a low KL may only mean a small step, so the last one
-shows what each nat bought. With several seeds, lines are means and bands reach from least to most.
+shows what each nat bought. Every method has a column of its own, with the others in grey behind it.
 """
 
 import pathlib
-from collections.abc import Callable
-from typing import Any
+import textwrap
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import axes, figure
@@ -26,83 +26,108 @@ LABELS: dict[MethodName, str] = {
     "proma_both": "PROMA, both",
 }
 # Colours of Okabe and Ito, distinct to colour-blind readers.
-_STYLES: dict[MethodName, dict[str, Any]] = {
-    "reinforce": {"color": "#000000", "linestyle": "-"},
-    "grpo": {"color": "#E69F00", "linestyle": "-"},
-    "grpo_matched": {"color": "#E69F00", "linestyle": ":"},
-    "proma_accumulation": {"color": "#0072B2", "linestyle": "-"},
-    "proma_intra": {"color": "#009E73", "linestyle": "-"},
-    "proma_both": {"color": "#CC79A7", "linestyle": "-"},
+_COLOURS: dict[MethodName, str] = {
+    "reinforce": "#000000",
+    "grpo": "#E69F00",
+    "grpo_matched": "#D55E00",
+    "proma_accumulation": "#0072B2",
+    "proma_intra": "#009E73",
+    "proma_both": "#CC79A7",
 }
+_FEW = 20
+"""Points up to which each gets a marker."""
+
+
+class _Panel(NamedTuple):
+    """What is drawn against what, by the names of metrics."""
+
+    x: str
+    y: str
+    across: str
+    up: str
+    scale: str = "linear"
+
+
 _STEP = "optimizer step"
-_VALIDATION = "greedy validation reward"
-
-
-def _curves(panel: axes.Axes, results: Results, x: str, y: str) -> None:
-    for method, runs in results.items():
-        rows = [[row for row in run if x in row and y in row] for run in runs]
-        across = np.mean([[row[x] for row in run] for run in rows], axis=0)
-        up = np.array([[row[y] for row in run] for run in rows])
-        panel.plot(across, up.mean(axis=0), label=LABELS[method], **_STYLES[method])
-        if len(runs) > 1:
-            colour = _STYLES[method]["color"]
-            panel.fill_between(across, up.min(axis=0), up.max(axis=0), color=colour, alpha=0.1)
-    panel.grid(alpha=0.3)
-
-
-def _validation(panel: axes.Axes, results: Results) -> None:
-    _curves(panel, results, "step", "validation")
-    panel.set(xlabel=_STEP, ylabel=_VALIDATION, title="Validation")
-
-
-def _step_kl(panel: axes.Axes, results: Results) -> None:
-    _curves(panel, results, "step", "step_kl")
-    panel.set(xlabel=_STEP, ylabel="KL(before ‖ after), nats per token", title="Per-step KL")
-    panel.set_yscale("log")
-
-
-def _start_kl(panel: axes.Axes, results: Results) -> None:
-    _curves(panel, results, "step", "start_kl")
-    panel.set(xlabel=_STEP, ylabel="KL(policy ‖ start), nats per token", title="KL to the start")
-
-
-def _score_for_kl(panel: axes.Axes, results: Results) -> None:
-    _curves(panel, results, "cumulative_kl", "validation")
-    panel.set(xlabel="sum of per-step KL, nats per token", ylabel=_VALIDATION)
-    panel.set_title("Score against cumulative KL")
-
-
-_PANELS: dict[str, Callable[[axes.Axes, Results], None]] = {
-    "validation": _validation,
-    "step_kl": _step_kl,
-    "start_kl": _start_kl,
-    "score_against_kl": _score_for_kl,
+_SCORE = "greedy validation\nreward"
+_PANELS = {
+    "step_kl": _Panel("step", "step_kl", _STEP, "per-step KL,\nnats per token", "log"),
+    "start_kl": _Panel("step", "start_kl", _STEP, "KL to the start,\nnats per token"),
+    "validation": _Panel("step", "validation", _STEP, _SCORE),
+    "score_against_kl": _Panel(
+        "cumulative_kl", "validation", "sum of per-step KL,\nnats per token", _SCORE
+    ),
 }
 
 
-def draw(results: Results, directory: pathlib.Path) -> list[pathlib.Path]:
+def _points(runs: list[list[records.Row]], panel: _Panel) -> tuple[Any, Any]:
+    """Where the points are, as a mean over the runs, and (runs, points) how high."""
+    rows = [[row for row in run if panel.x in row and panel.y in row] for run in runs]
+    across = np.mean([[row[panel.x] for row in run] for run in rows], axis=0)
+    return across, np.array([[row[panel.y] for row in run] for run in rows])
+
+
+def _draw(place: axes.Axes, results: Results, method: MethodName, panel: _Panel) -> None:
+    """A method's curve, over those of the others."""
+    for other, runs in results.items():
+        if other != method:
+            across, up = _points(runs, panel)
+            place.plot(across, up.mean(axis=0), color="#BBBBBB", linewidth=0.8)
+    across, up = _points(results[method], panel)
+    colour = _COLOURS[method]
+    marker = "." if len(across) <= _FEW else None
+    place.fill_between(across, up.min(axis=0), up.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+    place.plot(across, up.mean(axis=0), color=colour, marker=marker)
+    place.set_yscale(panel.scale)
+    place.grid(alpha=0.3)
+
+
+def _figure(results: Results, panels: list[_Panel], title: str) -> figure.Figure:
+    """A row for each panel, a column for each method."""
+    rows, columns = len(panels), len(results)
+    size = (max(5, 1 + 1.7 * columns), 1.6 + 1.5 * rows)
+    drawn = figure.Figure(figsize=size, layout="constrained")
+    places = drawn.subplots(rows, columns, squeeze=False, sharex="row", sharey="row")
+    for panel, below, row in zip(panels, [*panels[1:], None], places, strict=True):
+        is_last = below is None or below.across != panel.across
+        for method, place in zip(results, row, strict=True):
+            _draw(place, results, method, panel)
+            place.set_xlabel(panel.across if is_last else "", fontsize="small")
+            place.tick_params(labelsize="small", labelbottom=is_last)
+        row[0].set_ylabel(panel.up)
+    for method, place in zip(results, places[0], strict=True):
+        name = textwrap.fill(LABELS[method], 14)
+        place.set_title(name, color=_COLOURS[method], fontsize="medium", fontweight="bold")
+    drawn.suptitle("\n".join([title, *textwrap.wrap(_key(results), int(13 * size[0]))]))
+    return drawn
+
+
+def _key(results: Results) -> str:
+    """What lines and bands are."""
+    seeds = max(map(len, results.values()))
+    key = (
+        f"Lines are means over {seeds} seeds, bands reach from the least to the most."
+        if seeds > 1
+        else "One seed."
+    )
+    return key + (" Grey: the lines of the other methods." if len(results) > 1 else "")
+
+
+def draw(results: Results, title: str, directory: pathlib.Path) -> list[pathlib.Path]:
     """Draws each figure, and all four in one, as PNG files in `directory`.
 
     Args:
         results: per method the metrics of its runs, one per seed.
+        title: what was run, for example the task.
         directory: made if it is not there.
 
     Returns:
         The files, the one with all four first.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    together = figure.Figure(figsize=(9, 7.4), layout="constrained")
-    panels = together.subplots(2, 2).ravel()
-    for panel, plot in zip(panels, _PANELS.values(), strict=True):
-        plot(panel, results)
-    together.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    files = [directory / "comparison.png"]
-    together.savefig(files[0], dpi=150)
-    for name, plot in _PANELS.items():
-        alone = figure.Figure(figsize=(6.4, 4.4), layout="constrained")
-        panel = alone.subplots()
-        plot(panel, results)
-        panel.legend(fontsize="small")
-        files.append(directory / f"{name}.png")
-        alone.savefig(files[-1], dpi=120)
+    contents = {"comparison": list(_PANELS.values())}
+    contents |= {name: [panel] for name, panel in _PANELS.items()}
+    files = [directory / f"{name}.png" for name in contents]
+    for file, panels in zip(files, contents.values(), strict=True):
+        _figure(results, panels, title).savefig(file, dpi=150)
     return files

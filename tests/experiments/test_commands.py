@@ -49,12 +49,12 @@ def rows(offset: float):
 
 def test_figures_are_written(tmp_path):
     results = {method: [rows(i), rows(i + 0.5)] for i, method in enumerate(figures.LABELS)}
-    files = figures.draw(results, tmp_path / "figures")
+    files = figures.draw(results, "addition", tmp_path / "figures")
     assert [file.name for file in files] == [
         "comparison.png",
-        "validation.png",
         "step_kl.png",
         "start_kl.png",
+        "validation.png",
         "score_against_kl.png",
     ]
     for file in files:

@@ -24,7 +24,6 @@ NOTEBOOKS_SEE = {
 for name, value in NOTEBOOKS_SEE.items():
     os.environ.setdefault(name, value)
 ROOT_PAGES = {
-    "README.md": "readme.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }

@@ -11,15 +11,11 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 def test_the_code_of_the_readme_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 2
     names = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
-    printed = capsys.readouterr().out
-    assert "updated: True, removed: 0." in printed
-    assert "LookupFactors" in printed
-    capitals = names["Capitals"]()
-    assert capitals.grade(capitals.training[:2], ["TREE", "House"]) == {"reward": [1.0, 0.0]}
+    assert "updated: True, removed: 0." in capsys.readouterr().out
 
     for chain in ("intra", "both"):
         names["tx"] = names[chain]

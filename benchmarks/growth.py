@@ -187,7 +187,9 @@ def _kind(method: str) -> str:
 
 
 def _label(method: str) -> str:
-    return method.format(rank="r")
+    """A method in words: "intra_{rank}_fused" is "intra, fused"."""
+    words = [word for word in method.split("_") if word not in (_kind(method), "{rank}")]
+    return ", ".join([_kind(method), *words])
 
 
 def _expected(method: str, variable: Variable) -> tuple[int, ...]:

@@ -1,10 +1,12 @@
-"""Your own task, end to end: problems, a reward, and a pretrained model that learns from it.
+"""Your own task, end to end, with a pretrained model. About 12 minutes of CPU time.
 
     make model-smollm2
     .venv/bin/python -m examples.own_task
 
-SmolLM2-135M learns to answer in capital letters. On the command line `python -m experiments.train`
-does the same with `--task examples.own_task:Capitals`; its --help explains all settings.
+SmolLM2-135M is rewarded for answers in capital letters. The eight steps are only to show that all
+of it runs: the share of capitals in what the model samples went from 0.04 to 0.06. On the command
+line `python -m experiments.train` does the same with `--task examples.own_task:Capitals`; its
+--help explains all settings.
 """
 
 import pathlib

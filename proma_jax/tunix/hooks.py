@@ -45,6 +45,11 @@ def _check_learner(learner: Any) -> None:
             f"learner is a {type(learner).__name__}: PROMA goes with tunix.rl.grpo's GRPOLearner "
             "and what is derived from it."
         )
+    if not hasattr(learner, "rl_cluster"):
+        raise ValueError(
+            "learner has no rl_cluster, as it has in google-tunix 0.1.7: install that. In later "
+            "versions Tunix accumulates in another way, which PROMA does not know."
+        )
     trainer = learner.rl_cluster.actor_trainer
     config = trainer.config
     if config.max_seq_token_per_tpu is not None:

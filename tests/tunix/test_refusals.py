@@ -55,6 +55,13 @@ def test_another_accumulation_than_multisteps_is_refused():
         use_proma(learner, **ACCUMULATION)
 
 
+def test_a_learner_of_another_version_is_refused():
+    learner = tiny.learner()
+    del learner.rl_cluster
+    with pytest.raises(ValueError, match=r"learner has no rl_cluster.*google-tunix 0\.1\.7"):
+        use_proma(learner, **ACCUMULATION)
+
+
 def test_intra_goes_with_one_microbatch_a_step():
     learner = tiny.learner(training=ONE_MICROBATCH | {"max_steps": 1})
     use_proma(learner, intra=proma.Intra(rank=2))

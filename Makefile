@@ -11,8 +11,8 @@ PYTEST := python -m pytest -n 2
 LIBRARY_TESTS := proma_jax tests --ignore tests/experiments --ignore tests/benchmarks \
   -m "not any_version and not campaign" --hypothesis-profile versions
 LOCK := pyproject.toml setup.cfg uv.lock
-# docs and tunix have environments of their own.
-DEV_EXTRAS := --all-extras --no-extra docs --no-extra tunix
+# docs and tunix have environments of their own; a stand-in does for wandb, which is large.
+DEV_EXTRAS := --all-extras --no-extra docs --no-extra tunix --no-extra wandb
 
 # Interpreters from the environment and pyenv; none is downloaded.
 export UV_PYTHON_DOWNLOADS := never

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from experiments import checked, command_line, figures, files, preemption, report, warm_start
 from experiments.command_line import Unprefixed
 from experiments.configs import RunConfig, TrainingConfig
+from experiments.loggers import LoggersConfig
 from experiments.methods import MethodName
 from experiments.models.settings import ModelConfig
 from experiments.tasks.settings import TaskConfig
@@ -50,6 +51,7 @@ class Command:
     model: Annotated[ModelConfig, Unprefixed] = ModelConfig()
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
     training: TrainingConfig = TrainingConfig()
+    loggers: Annotated[LoggersConfig, Unprefixed] = LoggersConfig()
 
     def __post_init__(self):
         checked.check_distinct("methods", self.methods)
@@ -90,7 +92,7 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
                 method, seed, command.task, command.model, command.start, command.training, norms
             )
             directory = _directory(command, method, seed)
-            _, rows = report.train(config, policy, params, directory, stopping)
+            _, rows = report.train(config, policy, params, directory, stopping, command.loggers)
             results[method].append(rows)
     report.terminal.print(report.summary(results))
     title = f"{command.task.name}, {command.training.microbatches} microbatches per optimizer step"

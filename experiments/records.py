@@ -5,6 +5,8 @@ environment.json  one entry for each process that worked on the run
 metrics.jsonl     one row per optimizer step, none lost or doubled by an interruption; strict JSON,
                   with null for a number that is not finite, which ends the run
 checkpoints/      the latest state (orbax), in a folder named after its step
+tensorboard/, wandb/, wandb_id
+                  the rows once more, if they are asked for there (`loggers`)
 lock              held by the one process that may work on the run; another waits for it
 
 A checkpoint holds what the next step needs and nothing else can give: the warm start's

@@ -11,7 +11,17 @@ import jax
 from flax import nnx
 from rich import box, console, progress, table, text
 
-from experiments import configs, figures, methods, records, sampling, starts, training, warm_start
+from experiments import (
+    configs,
+    figures,
+    loggers,
+    methods,
+    records,
+    sampling,
+    starts,
+    training,
+    warm_start,
+)
 from experiments.models.settings import ModelConfig
 from experiments.tasks.settings import TaskConfig
 
@@ -181,16 +191,29 @@ def train(
     params: nnx.State,
     directory: pathlib.Path,
     stopping: Callable[[], bool],
+    to: loggers.LoggersConfig = loggers.NONE,
 ) -> tuple[pathlib.Path, list[records.Row]]:
-    """One run, with its progress; where it is, and its metrics."""
-    with _Shown(f"{config.method}, seed {config.seed}", config.training.steps) as shown:
+    """One run, with its progress and its loggers; where it is, and its metrics."""
+    with (
+        _Shown(f"{config.method}, seed {config.seed}", config.training.steps) as shown,
+        loggers.Loggers(to, config) as logged,
+    ):
+
+        def on_open(run, finished):
+            shown.opened(run, finished)
+            logged.opened(run, finished)
+
+        def on_row(row):
+            shown.row(row)
+            logged.send()
+
         rows = training.train(
             config,
             policy,
             params,
             directory,
-            on_open=shown.opened,
-            on_row=shown.row,
+            on_open=on_open,
+            on_row=on_row,
             stopping=stopping,
         )
     return shown.directory, rows

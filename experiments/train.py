@@ -18,6 +18,7 @@ from experiments import (
 )
 from experiments.command_line import Unprefixed
 from experiments.configs import RunConfig, TrainingConfig
+from experiments.loggers import LoggersConfig
 from experiments.methods import MethodName
 from experiments.models.settings import ModelConfig
 from experiments.tasks.settings import TaskConfig
@@ -51,6 +52,7 @@ class Command:
     model: Annotated[ModelConfig, Unprefixed] = ModelConfig()
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
     training: TrainingConfig = TrainingConfig()
+    loggers: Annotated[LoggersConfig, Unprefixed] = LoggersConfig()
 
     def __post_init__(self):
         if (self.match is not None) != (self.method == "grpo_matched"):
@@ -92,7 +94,7 @@ def main(command: Command) -> None:
     report.settings(config)
     with preemption.handled() as stopping:
         policy, params = report.start(config, command.start_directory, stopping)
-        directory, rows = report.train(config, policy, params, directory, stopping)
+        directory, rows = report.train(config, policy, params, directory, stopping, command.loggers)
         report.terminal.print(report.summary({command.method: [rows]}))
         if command.save_model is not None:
             trained = training.trained(config, policy, params, directory)

@@ -8,8 +8,9 @@ import threading
 import pytest
 from rich import console
 
-from experiments import configs, preemption, records, report
+from experiments import configs, loggers, preemption, records, report
 from tests.experiments import tiny
+from tests.experiments.test_loggers import events
 
 SETTINGS = configs.TrainingConfig(
     steps=4, prompts=4, group_size=4, microbatch_size=4, validation_every=2, checkpoint_every=2
@@ -80,19 +81,22 @@ def test_a_run_is_shown_as_a_bar_in_a_terminal(tmp_path, monkeypatch):
 
 def test_where_a_run_begins_is_said(shown, tmp_path):
     start = report.start(CONFIG, tmp_path / "start", never)
+    to = loggers.LoggersConfig(tensorboard=True)
     shorter = dataclasses.replace(CONFIG, training=dataclasses.replace(SETTINGS, steps=2))
-    report.train(shorter, *start, tmp_path / "run", never)
+    report.train(shorter, *start, tmp_path / "run", never, to)
     shown.truncate(0)
-    report.train(CONFIG, *start, tmp_path / "run", never)
+    report.train(CONFIG, *start, tmp_path / "run", never, to)
     assert f"reinforce, seed 0: resumed from step 2, in {tmp_path / 'run'}" in shown.getvalue()
     assert "reinforce, seed 0  2/4  compiling" in shown.getvalue()
     shown.truncate(0)
-    report.train(CONFIG, *start, tmp_path / "run", never)
+    report.train(CONFIG, *start, tmp_path / "run", never, to)
     assert f"seed 0: complete already, in {tmp_path / 'run'}" in shown.getvalue()
     assert "compiling" not in shown.getvalue()
     shown.truncate(0)
-    directory, _ = report.train(shorter, *start, tmp_path / "run", never)
+    directory, _ = report.train(shorter, *start, tmp_path / "run", never, to)
     assert directory == tmp_path / "run-2"
+    for folder, steps in ((tmp_path / "run", {0, 2, 4}), (directory, {0, 2})):
+        assert events(folder / "tensorboard")["validation"].keys() == steps
     assert (
         f"{tmp_path / 'run'} holds a run with other settings (training.steps: 4 there, 2 now). "
         f"This one goes beside it.\nreinforce, seed 0: begun, in {directory}\n"

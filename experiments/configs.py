@@ -80,11 +80,18 @@ class TrainingConfig:
         validation.check_count(
             "training.validation_problems", self.validation_problems, task.name, task.made
         )
-        narrowest = starts.decoder_config(task, model, start).narrowest
-        if {"proma_intra", "proma_both"} & set(names) and self.method.rank > narrowest:
+        decoder = starts.decoder_config(task, model, start)
+        if model.lora is not None and model.lora > decoder.narrowest_in_blocks:
             raise ValueError(
-                f"training.method.rank={self.method.rank} must be at most {narrowest}, the inputs "
-                "or outputs of the decoder's narrowest matrix"
+                f"lora={model.lora} must be at most {decoder.narrowest_in_blocks}, the inputs or "
+                "outputs of the narrowest matrix in the decoder's blocks"
+            )
+        most, what = decoder.narrowest, "inputs or outputs of the decoder's narrowest matrix"
+        if model.lora is not None:
+            most, what = model.lora, "rank of the adapters"
+        if {"proma_intra", "proma_both"} & set(names) and self.method.rank > most:
+            raise ValueError(
+                f"training.method.rank={self.method.rank} must be at most {most}, the {what}"
             )
 
     @property

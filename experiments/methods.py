@@ -68,14 +68,15 @@ class Method(NamedTuple):
 
     Attributes:
         init: from parameters to the optimizer's state.
-        step: one optimizer step: (params, opt_state, minibatch), with the microbatches stacked
-            (k, b, ...), to new parameters, a new state, and for each of `FRACTIONS` that the
-            method removes its values (k,).
+        step: one optimizer step: (params, opt_state, minibatch, frozen), with the microbatches
+            stacked (k, b, ...) and the parameters that are not trained, to new parameters, a new
+            state, and for each of `FRACTIONS` that the method removes its values (k,).
     """
 
     init: Callable[[nnx.State], optax.OptState]
     step: Callable[
-        [nnx.State, optax.OptState, Microbatch], tuple[nnx.State, optax.OptState, dict[str, Any]]
+        [nnx.State, optax.OptState, Microbatch, nnx.State],
+        tuple[nnx.State, optax.OptState, dict[str, Any]],
     ]
 
 
@@ -98,9 +99,10 @@ def make_method(
     """
 
     def loss_gradient(loss_fn):
-        def gradient(params, microbatch):
+        def gradient(params, microbatch, frozen):
             def loss(params):
-                logprobs = sampling.response_logprobs(policy, params, microbatch.rollouts)
+                whole = nnx.merge_state(params, frozen)
+                logprobs = sampling.response_logprobs(policy, whole, microbatch.rollouts)
                 return loss_fn(logprobs, microbatch)
 
             return jax.grad(loss)(params), {}
@@ -121,11 +123,15 @@ def make_method(
             clip_high=config.clip,
         )
 
-    def sequence_logprob(params, rollout):
-        return jnp.sum(sampling.response_logprobs(policy, params, rollout))
+    def sequence_logprob(frozen):
+        def logprob(params, rollout):
+            whole = nnx.merge_state(params, frozen)
+            return jnp.sum(sampling.response_logprobs(policy, whole, rollout))
 
-    def score_gradient(params, microbatch):
-        _, scores = proma.sequence_scores(sequence_logprob)(params, microbatch.rollouts)
+        return logprob
+
+    def score_gradient(params, microbatch, frozen):
+        _, scores = proma.sequence_scores(sequence_logprob(frozen))(params, microbatch.rollouts)
         return proma.weighted_sum(scores, microbatch.coefficients), {"scores": scores}
 
     def plainly_accumulated(inner):
@@ -154,11 +160,15 @@ def make_method(
     )
     intra = proma.Intra(rank=config.rank, shrinkage=config.shrinkage)
     if config.fused and name in ("proma_accumulation", "proma_intra", "proma_both"):
-        fused = proma.accumulated_gradient(
-            sequence_logprob,
-            accumulation=None if name == "proma_intra" else accumulation,
-            intra=None if name == "proma_accumulation" else intra,
-        )
+
+        def fused(frozen, *arguments):
+            gradient_fn = proma.accumulated_gradient(
+                sequence_logprob(frozen),
+                accumulation=None if name == "proma_intra" else accumulation,
+                intra=None if name == "proma_accumulation" else intra,
+            )
+            return gradient_fn(*arguments)
+
         return _at_once(fused, inner)
     accumulated = proma.accumulate(inner, microbatches, **dataclasses.asdict(accumulation))
     projected = proma.project_intra(**dataclasses.asdict(intra))
@@ -176,20 +186,21 @@ def make_method(
 
 
 def _one_by_one(
-    gradient: Callable[[nnx.State, Microbatch], tuple[nnx.State, dict[str, Any]]],
+    gradient: Callable[[nnx.State, Microbatch, nnx.State], tuple[nnx.State, dict[str, Any]]],
     optimizer: optax.GradientTransformationExtraArgs,
 ) -> Method:
     """Hands the gradient of each microbatch to an optimizer that moves at the last.
 
     Args:
-        gradient: (params, microbatch) to its loss gradient and the optimizer's extra arguments.
+        gradient: (params, microbatch, frozen) to its loss gradient and the optimizer's extra
+            arguments.
         optimizer: accumulates the gradients.
     """
 
-    def step(params, opt_state, minibatch):
+    def step(params, opt_state, minibatch, frozen):
         def accumulate(carry, microbatch):
             params, opt_state = carry
-            grads, extra = gradient(params, microbatch)
+            grads, extra = gradient(params, microbatch, frozen)
             updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
             removed = {name: optax.tree.get(opt_state, name, 0.0) for name in FRACTIONS}
             return (optax.apply_updates(params, updates), opt_state), removed
@@ -208,13 +219,18 @@ class AtOnceState(NamedTuple):
 
 
 def _at_once(gradient_fn: Callable[..., Any], inner: optax.GradientTransformation) -> Method:
-    """Hands the gradient of all microbatches together to the optimizer."""
+    """Hands the gradient of all microbatches together to the optimizer.
+
+    Args:
+        gradient_fn: (frozen, params, rollouts, coefficients, step) to the gradient and its metrics.
+        inner: the optimizer.
+    """
 
     def init(params):
         return AtOnceState(inner.init(params), jnp.int32(0))
 
-    def step(params, opt_state, minibatch):
-        grads, metrics = gradient_fn(params, *minibatch, opt_state.steps)
+    def step(params, opt_state, minibatch, frozen):
+        grads, metrics = gradient_fn(frozen, params, *minibatch, opt_state.steps)
         updates, state = inner.update(grads, opt_state.inner, params)
         removed = {name: getattr(metrics, name) for name in FRACTIONS}
         return (

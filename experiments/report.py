@@ -22,6 +22,7 @@ from experiments import (
     training,
     warm_start,
 )
+from experiments.models import lora
 from experiments.models.settings import ModelConfig
 from experiments.tasks.settings import TaskConfig
 
@@ -159,6 +160,10 @@ def _print(line: str) -> None:
     terminal.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def _size(params: nnx.State) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 def start(
     of: Settings, directory: pathlib.Path, stopping: Callable[[], bool]
 ) -> tuple[sampling.Policy, nnx.State]:
@@ -180,8 +185,10 @@ def start(
             f"greedy validation reward {last['validation']:.2f} after {last['step']} supervised "
             "steps"
         )
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    _print(f"Start: {size:,} parameters, {how}")
+        policy, params = starts.adapted(policy, params, of.model)
+    size, trained = (_size(state) for state in (params, lora.split(params)[0]))
+    adapters = f", {trained:,} of them in adapters, which are trained" if trained < size else ""
+    _print(f"Start: {size:,} parameters{adapters}, {how}")
     return policy, params
 
 

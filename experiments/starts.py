@@ -5,6 +5,7 @@ import pathlib
 from flax import nnx
 
 from experiments import files, sampling, warm_start
+from experiments.models import lora
 from experiments.models.decoder import DecoderConfig
 from experiments.models.settings import ModelConfig
 from experiments.tasks.settings import TaskConfig
@@ -46,7 +47,17 @@ def pretrained(config: ModelConfig) -> tuple[sampling.Policy, nnx.State]:
         response_width=config.response_tokens,
         logits_at_a_time=config.logits_at_a_time,
     )
-    return policy, params
+    return adapted(policy, params, config)
+
+
+def adapted(
+    policy: sampling.Policy, params: nnx.State, config: ModelConfig
+) -> tuple[sampling.Policy, nnx.State]:
+    """The policy with adapters, if the settings ask for them."""
+    if config.lora is None:
+        return policy, params
+    graphdef, params = lora.add(policy.graphdef, params, config.lora, config.lora_alpha or 16.0)
+    return policy._replace(graphdef=graphdef), params
 
 
 def save(
@@ -54,12 +65,15 @@ def save(
 ) -> None:
     """Writes a model that began as another's folder, whose tokenizer it takes over.
 
+    Adapters are added to its weights.
+
     Raises:
         files.Failure: the folder is in use or cannot be written.
     """
     from experiments.models import huggingface
 
-    huggingface.save(folder, policy.graphdef, params, source=config.model)
+    graphdef, params = lora.merge(policy.graphdef, params)
+    huggingface.save(folder, graphdef, params, source=config.model)
 
 
 def check_free(folder: pathlib.Path) -> None:

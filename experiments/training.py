@@ -19,6 +19,7 @@ from flax import nnx
 
 from experiments import batches, methods, records, sampling, validation
 from experiments.configs import RunConfig, TrainingConfig
+from experiments.models import lora
 from proma_jax import policy_gradient as pg
 
 
@@ -26,6 +27,7 @@ class State(NamedTuple):
     """What a run carries from one optimizer step to the next."""
 
     params: nnx.State
+    """Those that are trained."""
     opt_state: optax.OptState
     cumulative_kl: jax.Array
     rollouts: sampling.Rollouts
@@ -75,6 +77,7 @@ def train(
     """
     settings = config.training
     policy, method = _prepared(config, policy)
+    _, frozen = lora.split(start)
 
     def validate(params):
         return validation.scores(
@@ -103,7 +106,9 @@ def train(
         for first in range(done - in_batch, settings.steps, settings.steps_per_batch):
             if first >= done:
                 state = state._replace(
-                    rollouts=batches.collect(config, policy, state.params, first)
+                    rollouts=batches.collect(
+                        config, policy, nnx.merge_state(state.params, frozen), first
+                    )
                 )
                 if stopping():
                     run.stop(first, state)
@@ -116,7 +121,7 @@ def train(
                 )
                 row = {"step": step, **batch.described, **row}
                 if step % settings.validation_every == 0 or step == settings.steps:
-                    row |= validate(state.params)
+                    row |= validate(nnx.merge_state(state.params, frozen))
                 run.log(row)
                 run.check_finite(row, state)
                 on_row(row)
@@ -130,10 +135,12 @@ def train(
 def trained(
     config: RunConfig, policy: sampling.Policy, start: nnx.State, directory: pathlib.Path
 ) -> nnx.State:
-    """The parameters that a finished run ended with; arguments and errors are those of `train`."""
+    """All parameters that a finished run ended with; arguments and errors are those of `train`."""
     policy, method = _prepared(config, policy)
     with records.Run(directory, config) as run:
-        return run.restore(_fresh(config, policy, method, start)).params
+        state = run.restore(_fresh(config, policy, method, start))
+    _, frozen = lora.split(start)
+    return nnx.merge_state(state.params, frozen)
 
 
 def _prepared(config: RunConfig, policy: sampling.Policy) -> tuple[sampling.Policy, methods.Method]:
@@ -150,9 +157,10 @@ def _fresh(
 ) -> State:
     """A run's state before its first step."""
     settings = config.training
+    params, _ = lora.split(start)
     return State(
-        params=start,
-        opt_state=method.init(start),
+        params=params,
+        opt_state=method.init(params),
         cumulative_kl=jnp.float32(0),
         rollouts=sampling.no_rollouts(policy, settings.prompts * settings.group_size),
     )
@@ -179,14 +187,14 @@ def _step(
     minibatch: methods.Microbatch,
 ) -> tuple[State, dict[str, float]]:
     """One optimizer step, and what there is to say about it."""
-    arguments = method, state.params, state.opt_state, minibatch
+    _, frozen = lora.split(start)
+    arguments = method, state.params, state.opt_state, minibatch, frozen
     update.lower(*arguments).compile()  # at the first step only, and not timed
     began = time.perf_counter()
     params, opt_state, lengths = jax.block_until_ready(update(*arguments))
     seconds = time.perf_counter() - began
-    divergences = _divergences(
-        policy, state.params, params, start, rollouts, settings.sequences_at_a_time
-    )
+    before, after = (nnx.merge_state(trained, frozen) for trained in (state.params, params))
+    divergences = _divergences(policy, before, after, start, rollouts, settings.sequences_at_a_time)
     cumulative_kl = state.cumulative_kl + divergences["step_kl"]
     row = divergences | {"cumulative_kl": cumulative_kl} | lengths | {"seconds": seconds}
     state = State(params, opt_state, cumulative_kl, state.rollouts)
@@ -199,9 +207,10 @@ def update(
     params: nnx.State,
     opt_state: optax.OptState,
     minibatch: methods.Microbatch,
+    frozen: nnx.State,
 ) -> tuple[nnx.State, optax.OptState, dict[str, jax.Array]]:
     """One optimizer step, from the microbatches of `minibatch` (k, b, ...)."""
-    params, opt_state, removed = method.step(params, opt_state, minibatch)
+    params, opt_state, removed = method.step(params, opt_state, minibatch, frozen)
     lengths = {name: optax.tree.get(opt_state, name) for name in ("gradient_norm", "update_norm")}
     return params, opt_state, lengths | jax.tree.map(jnp.mean, removed)
 

@@ -74,7 +74,12 @@ class DecoderConfig:
             raise ValueError(f"head_dim={self.head_dim} must be even")
 
     @property
+    def narrowest_in_blocks(self) -> int:
+        """The least number of inputs or outputs of any matrix in a block."""
+        return min(self.width, self.kv_heads * self.head_dim, self.hidden)
+
+    @property
     def narrowest(self) -> int:
         """The least number of inputs or outputs of any matrix but the embedding table."""
-        sizes = [self.width, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden]
-        return min(sizes if self.tied_head else [*sizes, self.vocab_size])
+        blocks = self.narrowest_in_blocks
+        return blocks if self.tied_head else min(blocks, self.vocab_size)

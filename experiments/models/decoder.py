@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.models.config import DecoderConfig
+from experiments.models.lora import Linear
 
 LayerCache = tuple[jax.Array, jax.Array]
 
@@ -93,9 +94,9 @@ def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
 
 def _linear(
     config: DecoderConfig, inputs: int, outputs: int, rngs: nnx.Rngs, use_bias: bool = False
-) -> nnx.Linear:
+) -> Linear:
     dtype = jnp.dtype(config.dtype)
-    return nnx.Linear(inputs, outputs, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+    return Linear(inputs, outputs, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
 
 
 def _norm(config: DecoderConfig, features: int, rngs: nnx.Rngs) -> nnx.RMSNorm:

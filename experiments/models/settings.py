@@ -30,3 +30,14 @@ class ModelConfig:
     logits_at_a_time: checked.Count | None = None
     """Tokens of a sequence whose logits are formed together in training; None: all. Fewer take less
     memory, above all with large vocabularies."""
+    lora: checked.Count | None = None
+    """Rank of low-rank adapters on the linear layers of the blocks, which alone are trained; None:
+    all parameters are."""
+    lora_alpha: checked.Positive | None = None
+    """The adapters' products count lora_alpha / lora times; None: 16, at any rank, as in QLoRA."""
+
+    def __post_init__(self):
+        if self.lora is None and self.lora_alpha is not None:
+            raise ValueError(
+                f"lora_alpha={self.lora_alpha} needs the rank of adapters, lora={self.lora}"
+            )

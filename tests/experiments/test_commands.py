@@ -127,6 +127,8 @@ REFUSED = [
         ("--training.kl-sequences 1025", "must be at most 1024, the sequences of a rollout batch"),
         ("--training.prompts 127", "must be a multiple of --training.steps-per-batch 2"),
         ("--training.microbatch-size 7", "must divide the 512 sequences of an optimizer step"),
+        ("--lora 49", "must be at most 48, the inputs or outputs of the narrowest matrix"),
+        ("--lora-alpha 8.0", "needs the rank of adapters, --lora None"),
         ("--match elsewhere", f"with {ACCUMULATION}: grpo_matched needs the folder"),
     ]
 ]
@@ -150,6 +152,11 @@ REFUSED = [
             train,
             "--method proma_intra --training.method.rank 49",
             "--training.method.rank 49 must be at most 48, ",
+        ),
+        (
+            train,
+            "--method proma_both --lora 4 --training.method.rank 5",
+            "--training.method.rank 5 must be at most 4, the rank of the adapters",
         ),
         (
             train,

@@ -29,8 +29,8 @@ class TrainingConfig:
     sequences_at_a_time: checked.Count = 1024
     """Sequences that are sampled, or whose KL is measured, together; fewer take less memory."""
     kl_sequences: checked.Count | None = None
-    """Sequences of a rollout batch whose KL and entropy are measured, evenly spaced; None: all. The
-    three forward passes over all of them cost about as much as the update."""
+    """Sequences of a rollout batch whose KL and entropy are measured, evenly spaced; None: all. A
+    forward pass goes over them after each optimizer step, and two more for each rollout batch."""
     validation_problems: checked.Count | None = None
     """Problems of a validation, the first ones; None: all."""
     validation_every: checked.Count = 4

@@ -98,8 +98,17 @@ def no_rollouts(policy: Policy, count: int) -> Rollouts:
 
 def response_logits(policy: Policy, params: nnx.State, rollouts: Rollouts) -> jax.Array:
     """Logits (..., R, V) float32 of the response tokens, from one forward over the rollouts."""
-    model = nnx.merge(policy.graphdef, params)
-    logits = model.logits(_before_responses(model, rollouts))
+    return logits_of(policy, params, response_hidden(policy, params, rollouts))
+
+
+def response_hidden(policy: Policy, params: nnx.State, rollouts: Rollouts) -> jax.Array:
+    """Hidden states (..., R, width) before the response tokens, for `logits_of`."""
+    return _before_responses(nnx.merge(policy.graphdef, params), rollouts)
+
+
+def logits_of(policy: Policy, params: nnx.State, hidden: jax.Array) -> jax.Array:
+    """Logits (..., V) float32 of hidden states (..., width), at the policy's temperature."""
+    logits = nnx.merge(policy.graphdef, params).logits(hidden)
     return logits.astype(jnp.float32) / policy.config.temperature
 
 

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments import batches, methods, records, sampling, validation
+from experiments import batches, divergence, methods, records, sampling, validation
 from experiments.configs import RunConfig, TrainingConfig
 from experiments.models import lora
-from proma_jax import policy_gradient as pg
 
 
 class State(NamedTuple):
@@ -77,6 +76,8 @@ def train(
     """
     settings = config.training
     policy, method = _prepared(config, policy)
+    # As `Run.restore` does: arrays that are not committed would have more programs compiled.
+    start = jax.device_put(start, jax.devices()[0])
     _, frozen = lora.split(start)
 
     def validate(params):
@@ -113,12 +114,17 @@ def train(
                 if stopping():
                     run.stop(first, state)
             batch = batches.divide(config, policy, state.rollouts, first)
+            meter = divergence.Meter(
+                policy,
+                batch.measured,
+                settings.sequences_at_a_time,
+                start,
+                nnx.merge_state(state.params, frozen),
+            )
             for step, minibatch in enumerate(batch.minibatches, first + 1):
                 if step <= done:
                     continue
-                state, row = _step(
-                    method, policy, settings, start, state, batch.measured, minibatch
-                )
+                state, row = _step(method, state, minibatch, frozen, meter)
                 row = {"step": step, **batch.described, **row}
                 if step % settings.validation_every == 0 or step == settings.steps:
                     row |= validate(nnx.merge_state(state.params, frozen))
@@ -179,22 +185,18 @@ def update_norms(rows: Iterable[records.Row]) -> tuple[float, ...]:
 
 def _step(
     method: methods.Method,
-    policy: sampling.Policy,
-    settings: TrainingConfig,
-    start: nnx.State,
     state: State,
-    rollouts: sampling.Rollouts,
     minibatch: methods.Microbatch,
+    frozen: nnx.State,
+    meter: divergence.Meter,
 ) -> tuple[State, dict[str, float]]:
     """One optimizer step, and what there is to say about it."""
-    _, frozen = lora.split(start)
     arguments = method, state.params, state.opt_state, minibatch, frozen
     update.lower(*arguments).compile()  # at the first step only, and not timed
     began = time.perf_counter()
     params, opt_state, lengths = jax.block_until_ready(update(*arguments))
     seconds = time.perf_counter() - began
-    before, after = (nnx.merge_state(trained, frozen) for trained in (state.params, params))
-    divergences = _divergences(policy, before, after, start, rollouts, settings.sequences_at_a_time)
+    divergences = meter.step(nnx.merge_state(params, frozen))
     cumulative_kl = state.cumulative_kl + divergences["step_kl"]
     row = divergences | {"cumulative_kl": cumulative_kl} | lengths | {"seconds": seconds}
     state = State(params, opt_state, cumulative_kl, state.rollouts)
@@ -213,28 +215,3 @@ def update(
     params, opt_state, removed = method.step(params, opt_state, minibatch, frozen)
     lengths = {name: optax.tree.get(opt_state, name) for name in ("gradient_norm", "update_norm")}
     return params, opt_state, lengths | jax.tree.map(jnp.mean, removed)
-
-
-@functools.partial(jax.jit, static_argnames=("policy", "at_a_time"))
-def _divergences(policy, before, after, start, rollouts, at_a_time):
-    count = len(rollouts.mask)
-    at_a_time = min(at_a_time, count)
-
-    def in_parts(x):
-        padding = ((0, -count % at_a_time), *((0, 0),) * (x.ndim - 1))
-        return jnp.pad(x, padding).reshape(-1, at_a_time, *x.shape[1:])
-
-    def of_part(part):
-        tokens = part.mask.sum()
-        of_before, of_after, of_start = (
-            sampling.response_logits(policy, params, part) for params in (before, after, start)
-        )
-        means = {
-            "step_kl": pg.exact_kl(of_before, of_after, part.mask),
-            "start_kl": pg.exact_kl(of_after, of_start, part.mask),
-            "entropy": pg.entropy(of_after, part.mask),
-        }
-        return jax.tree.map(lambda mean: mean * tokens, means)
-
-    sums = jax.lax.map(of_part, jax.tree.map(in_parts, rollouts))
-    return jax.tree.map(lambda x: x.sum() / rollouts.mask.sum(), sums)

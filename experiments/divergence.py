@@ -1,0 +1,88 @@
+"""How far an optimizer step moved the policy: exact KL and entropy over a batch's rollouts.
+
+What the policy after a step says of the rollouts is what the policy before the next one says of
+them, and what the start says serves the whole batch. So each goes over the rollouts once, and the
+hidden states that its head is applied to are kept. Logits, which take more memory with any large
+vocabulary, are formed from them again, of a few sequences at a time.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from experiments import sampling
+from proma_jax import policy_gradient as pg
+
+
+class Meter:
+    """Measures one optimizer step after another over the same n rollouts.
+
+    Args:
+        policy: the policy.
+        rollouts: of the batch that the steps learn from.
+        at_a_time: sequences that are measured together.
+        start: the policy's parameters when training began.
+        before: its parameters before the first step to measure.
+    """
+
+    def __init__(
+        self,
+        policy: sampling.Policy,
+        rollouts: sampling.Rollouts,
+        at_a_time: int,
+        start: nnx.State,
+        before: nnx.State,
+    ):
+        self._see = functools.partial(_see, policy, rollouts, at_a_time)
+        self._divergences = functools.partial(_divergences, policy, rollouts.mask, at_a_time)
+        self._start, self._latest = jax.block_until_ready((self._see(start), self._see(before)))
+
+    def step(self, params: nnx.State) -> dict[str, jax.Array]:
+        """What the next step, which led to `params`, did to the policy.
+
+        Returns:
+            "step_kl", of the policy before the step from that after it; "start_kl", of the policy
+            after it from the start; "entropy", of the policy after it: means over the response
+            tokens, in nats.
+        """
+        before, self._latest = self._latest, self._see(params)
+        return self._divergences(before, self._latest, self._start)
+
+
+class _Seen(NamedTuple):
+    """Parameters, and the hidden states (n, R, width) of their policy before the responses."""
+
+    params: nnx.State
+    hidden: jax.Array
+
+
+def _see(policy, rollouts, at_a_time, params):
+    return _Seen(params, _hidden(policy, rollouts, at_a_time, params))
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "at_a_time"))
+def _hidden(policy, rollouts, at_a_time, params):
+    of_one = functools.partial(sampling.response_hidden, policy, params)
+    return jax.lax.map(of_one, rollouts, batch_size=at_a_time)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "at_a_time"))
+def _divergences(policy, mask, at_a_time, before, after, start):
+    def of_one(response):
+        mask, *hidden = response
+        of_before, of_after, of_start = (
+            sampling.logits_of(policy, seen.params, x)
+            for seen, x in zip((before, after, start), hidden, strict=True)
+        )
+        means = {
+            "step_kl": pg.exact_kl(of_before, of_after, mask),
+            "start_kl": pg.exact_kl(of_after, of_start, mask),
+            "entropy": pg.entropy(of_after, mask),
+        }
+        return jax.tree.map(lambda mean: mean * mask.sum(), means)
+
+    responses = mask, before.hidden, after.hidden, start.hidden
+    sums = jax.lax.map(of_one, responses, batch_size=at_a_time)
+    return jax.tree.map(lambda x: x.sum() / mask.sum(), sums)

@@ -41,10 +41,13 @@ def collect(
     config: RunConfig, policy: sampling.Policy, params: nnx.State, batch: int
 ) -> sampling.Rollouts:
     """Samples a rollout batch."""
+    settings = config.training
     problems, _ = _problems(config, batch)
     key = jax.random.fold_in(jax.random.key(config.seed), batch)
-    prompts = [problem.prompt for problem in problems]
-    return sampling.respond(policy, params, prompts, key, config.training.sequences_at_a_time)
+    prompts = [problem.prompt for problem in problems[:: settings.group_size]]
+    return sampling.respond(
+        policy, params, prompts, key, settings.sequences_at_a_time, copies=settings.group_size
+    )
 
 
 def divide(

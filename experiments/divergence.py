@@ -16,7 +16,7 @@ from flax import nnx
 from experiments import sampling
 from proma_jax import policy_gradient as pg
 
-_MOST_AT_A_TIME = 256
+_MOST_AT_A_TIME = 64
 """Sequences measured together; the activations of more leave a CPU's cache, at twice the time."""
 
 

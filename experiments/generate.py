@@ -62,11 +62,11 @@ def main(command: Command) -> None:
         ModelConfig(command.model, response_tokens=command.max_tokens, dtype=command.dtype)
     )
     prompts = [prompt for prompt in command.prompt for _ in range(command.samples)]
-    asked = [command.asked(prompt) for prompt in prompts]
+    asked = [command.asked(prompt) for prompt in command.prompt]
     widest = max(len(policy.tokenizer.encode(prompt)) for prompt in asked)
     policy = policy._replace(prompt_width=widest, config=command.drawing)
     key = None if command.greedy else jax.random.key(command.seed)
-    rollouts = sampling.respond(policy, params, asked, key)
+    rollouts = sampling.respond(policy, params, asked, key, copies=command.samples)
     responses = sampling.texts(policy, rollouts)
     logprobs = np.asarray(rollouts.logprobs, np.float64).sum(axis=1)
     ended = sampling.ended(policy, rollouts)

@@ -8,6 +8,7 @@ A policy is a `Policy`, which never changes, and its `params`, as `nnx.split(Dec
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
@@ -161,7 +162,9 @@ class _Sampled(NamedTuple):
     logprobs: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "config", "response_width", "ends", "pad"))
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "copies", "config", "response_width", "ends", "pad")
+)
 def sample(
     graphdef: nnx.GraphDef,
     params: nnx.State,
@@ -169,33 +172,39 @@ def sample(
     valid: jax.Array,
     key: jax.Array | None,
     *,
+    copies: int = 1,
     config: SamplingConfig,
     response_width: int,
     ends: tuple[int, ...],
     pad: int,
 ) -> Rollouts:
-    """Samples one response to each prompt; ends when all responses have.
+    """Samples responses to each prompt, which is read once; ends when all responses have.
 
     Args:
         graphdef: the policy's structure.
         params: its parameters.
-        tokens: (n, P) int32 prompts, padded on the left.
-        valid: (n, P) bool, False for padding.
+        tokens: (p, P) int32 prompts, padded on the left.
+        valid: (p, P) bool, False for padding.
         key: PRNG key; None decodes greedily.
+        copies: responses to each prompt.
         config: how tokens are drawn.
         response_width: most tokens R of a response; one cut off there has no end token.
         ends: the tokens that end a response.
         pad: the token written after it.
 
     Returns:
-        Rollouts with the n responses. Their log-probabilities are the policy's at
-        `config.temperature`, whatever top-p and top-k leave out.
+        Rollouts with the n = p * copies responses, those to one prompt side by side. Their
+        log-probabilities are the policy's at `config.temperature`, whatever top-p and top-k leave
+        out.
     """
     policy = nnx.merge(graphdef, params)
     prompts, width = tokens.shape
     cache = decoder.empty_cache(policy.config, prompts, width + response_width)
     hidden, cache = policy.extend_hidden(tokens, valid, cache)
-    logits = policy.logits(hidden[:, -1])
+    cache = decoder.repeated(cache, copies)
+    tokens, valid, logits = (
+        jnp.repeat(x, copies, axis=0) for x in (tokens, valid, policy.logits(hidden[:, -1]))
+    )
     is_end = jnp.zeros(logits.shape[-1], bool).at[jnp.array(ends)].set(True)
 
     def draw(now: _Sampled, logits: jax.Array) -> _Sampled:
@@ -221,12 +230,12 @@ def sample(
         logits, cache = policy.extend(now.token[:, None], is_valid, now.cache)
         return draw(now._replace(cache=cache), logits[:, 0])
 
-    shape = prompts, response_width
+    shape = prompts * copies, response_width
     nothing = _Sampled(
         length=jnp.int32(0),
-        token=jnp.zeros(prompts, jnp.int32),
+        token=jnp.zeros(shape[0], jnp.int32),
         cache=cache,
-        running=jnp.ones(prompts, bool),
+        running=jnp.ones(shape[0], bool),
         responses=jnp.full(shape, pad, jnp.int32),
         mask=jnp.zeros(shape, bool),
         logprobs=jnp.zeros(shape, jnp.float32),
@@ -250,43 +259,49 @@ def respond(
     prompts: Sequence[str | task.Chat],
     key: jax.Array | None,
     at_a_time: int | None = None,
+    *,
+    copies: int = 1,
 ) -> Rollouts:
     """The policy's responses to prompts.
 
     Args:
         policy: the policy.
         params: its parameters.
-        prompts: n texts or chats.
+        prompts: p texts or chats.
         key: PRNG key; None decodes greedily.
         at_a_time: sequences sampled together; fewer take less memory. Default: all.
+        copies: responses to each prompt.
 
     Returns:
-        n rollouts of the policy's widths.
+        n = p * copies rollouts of the policy's widths, those to one prompt side by side.
 
     Raises:
         ValueError: a prompt has more tokens than the policy's widest, or none.
     """
     encoded, valid = tokens.padded(policy.tokenizer, prompts, policy.prompt_width)
     cut = policy.prompt_width - _bucket(valid[:, ::-1])
-    at_a_time = min(at_a_time or len(prompts), len(prompts))
-    firsts = range(0, len(prompts), at_a_time)
+    count = len(prompts) * copies
+    at_a_time = min(at_a_time or count, count)
+    shared = math.gcd(at_a_time, copies)  # of the responses to a prompt, those always together
+    firsts = range(0, count, at_a_time)
     keys = [key] if key is None or len(firsts) == 1 else jax.random.split(key, len(firsts))
     sampled = []
     for part, first in enumerate(firsts):
-        rows = np.arange(first, first + at_a_time) % len(prompts)
+        rows = np.arange(first, first + at_a_time, shared) % count // copies
         rollouts = sample(
             policy.graphdef,
             params,
             encoded[rows, cut:],
             valid[rows, cut:],
             keys[part % len(keys)],
+            copies=shared,
             config=policy.config,
             response_width=policy.response_width,
             ends=policy.tokenizer.ends,
             pad=policy.tokenizer.pad,
         )
         sampled.append(rollouts)
-    together = jax.tree.map(lambda *x: jnp.concatenate(x)[: len(prompts)], *sampled)
+    together = jax.tree.map(lambda *x: jnp.concatenate(x)[:count], *sampled)
     return together._replace(
         tokens=jnp.pad(together.tokens, ((0, 0), (cut, 0)), constant_values=policy.tokenizer.pad),
         valid=jnp.pad(together.valid, ((0, 0), (cut, 0))),

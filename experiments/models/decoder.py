@@ -68,6 +68,12 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int) -> KVCache:
     )
 
 
+def repeated(cache: KVCache, copies: int) -> KVCache:
+    """A cache with every sequence `copies` times, side by side."""
+    layers = jax.tree.map(lambda slots: jnp.repeat(slots, copies, axis=-4), cache.layers)
+    return KVCache(layers, jnp.repeat(cache.valid, copies, axis=-2), cache.length)
+
+
 def _write(slots: jax.Array, new: jax.Array, start: jax.Array, axis: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(slots, new, start, axis % slots.ndim)
 

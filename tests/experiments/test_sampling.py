@@ -177,6 +177,16 @@ def test_parts_sampled_one_after_the_other_are_like_all_at_once_but_for_their_no
     assert (np.asarray(sampled.tokens[:32]) != np.asarray(sampled.tokens[32:])).any()
 
 
+@pytest.mark.parametrize("at_a_time", [4, 6])
+def test_responses_that_share_a_prompt_are_those_to_prompts_of_their_own(policy, at_a_time):
+    key, prompts = jax.random.key(0), PROMPTS[:4]
+    repeated = [prompt for prompt in prompts for _ in range(3)]
+    alone = sampling.respond(*policy, repeated, key, at_a_time)
+    sharing = sampling.respond(*policy, prompts, key, at_a_time, copies=3)
+    chex.assert_trees_all_equal(sharing.tokens, alone.tokens)
+    chex.assert_trees_all_close(sharing, alone, atol=1e-5)
+
+
 def test_a_prompt_that_is_too_long_is_refused(policy):
     with pytest.raises(ValueError, match="a prompt has 7 tokens, but must have 1 to 6: '100"):
         sampling.respond(*policy, ["100+10="], None)

@@ -36,7 +36,7 @@ fi; \
 echo "Using $$($$python --version) ($$python)"
 endef
 
-.PHONY: help demo demo-llm bench bench-tpu model-smollm2 test test-transformers test-tunix campaign \
+.PHONY: help demo demo-llm bench bench-tpu bench-training model-smollm2 test test-transformers test-tunix campaign \
   lint format typecheck test-floor test-newest package publish docs docs-serve lock clean
 
 help:  ## list the targets
@@ -67,6 +67,11 @@ bench-tpu: $(UV)  ## compile steps for TPU chips, none of which is needed: memor
 	@echo "Running python -m benchmarks.tpu"
 	@.venv-tpu/bin/python -m benchmarks.tpu
 
+bench-training: $(UV)  ## time a training step beside Tunix's, in an environment of its own
+	@UV_PROJECT_ENVIRONMENT=.venv-tunix $(UV) sync --locked --inexact --python .uv/bin/python --extra tunix --extra experiments
+	@echo "Running python -m benchmarks.training"
+	@.venv-tunix/bin/python -m benchmarks.training
+
 test: .venv/.dev  ## run all tests and doctests at the locked versions
 	@echo "Running the tests and doctests"
 	@.venv/bin/$(PYTEST)
@@ -91,7 +96,7 @@ test-transformers: $(UV)  ## compare the models with those of transformers (inst
 	@.venv-transformers/bin/python -m pytest tests/experiments/models/test_transformers.py
 
 test-tunix: $(UV)  ## run the tests of PROMA in Tunix, in an environment of its own
-	@UV_PROJECT_ENVIRONMENT=.venv-tunix $(UV) sync --locked --inexact --python .uv/bin/python --extra tunix --extra dev
+	@UV_PROJECT_ENVIRONMENT=.venv-tunix $(UV) sync --locked --inexact --python .uv/bin/python --extra tunix --extra experiments --extra dev
 	@echo "Running the tests of PROMA in Tunix"
 	@.venv-tunix/bin/$(PYTEST) tests/tunix tests/test_tunix_extra.py
 

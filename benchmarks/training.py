@@ -31,6 +31,7 @@ from experiments import (
     training,
     warm_start,
 )
+from experiments.models import lora
 from experiments.models.config import DecoderConfig
 from experiments.tasks.settings import TaskConfig
 from experiments.tasks.task import Problem
@@ -141,6 +142,7 @@ class Ours:
         )
         self._start = self._params = jax.device_put(params, jax.devices()[0])
         self._opt_state = jax.device_put(self._method.init(params), jax.devices()[0])
+        _, self._frozen = lora.split(self._start)
         self._steps = 0
 
     def step(self, now: Callable[[], float]) -> dict[str, float]:
@@ -162,7 +164,7 @@ class Ours:
         metered = now()
         [minibatch] = batch.minibatches
         self._params, self._opt_state, _ = jax.block_until_ready(
-            training.update(self._method, self._params, self._opt_state, minibatch)
+            training.update(self._method, self._params, self._opt_state, minibatch, self._frozen)
         )
         updated = now()
         jax.block_until_ready(meter.step(self._params))

@@ -225,12 +225,15 @@ def draw(saved: Sequence[Saved], directory: pathlib.Path) -> list[pathlib.Path]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     drawn = {
-        "learning_rates": _against_rates(series(saved)),
-        "score_against_kl": _against_kl(series(saved)),
+        "learning_rates": (
+            _against_rates(series(saved)),
+            "points are means, bars reach from the least to the most",
+        ),
+        "score_against_kl": (_against_kl(series(saved)), "means, a point for each validation"),
     }
     paths = []
-    for name, one in drawn.items():
-        title = textwrap.wrap(_title(saved), int(13 * one.get_figwidth()))
+    for name, (one, key) in drawn.items():
+        title = textwrap.wrap(f"{_title(saved)}: {key}", int(13 * one.get_figwidth()))
         one.suptitle("\n".join(title), fontsize="medium")
         paths.append(directory / f"{name}.png")
         one.savefig(paths[-1], dpi=120)
@@ -238,15 +241,15 @@ def draw(saved: Sequence[Saved], directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _title(saved: Sequence[Saved]) -> str:
-    config = saved[0].config
-    task, training = config["task"], config["training"]
+    """Task, steps, k and seeds."""
+    task, training = saved[0].config["task"], saved[0].config["training"]
     sequences = training["prompts"] * training["group_size"] // training["steps_per_batch"]
-    seeds = {run.config["seed"] for run in saved}
+    name = task["task"] if task["data"] is None else task["data"]
+    seeds = len({run.config["seed"] for run in saved})
     return (
-        f"{', '.join([task['task'] or task['data'], *task['task_options']])}: "
-        f"{training['steps']} optimizer steps of k = {sequences // training['microbatch_size']} "
-        f"microbatches of {training['microbatch_size']} sequences; {len(seeds)} seeds: points are "
-        "means, bars reach from the least to the most"
+        f"{', '.join([name, *task['task_options']])}: {training['steps']} optimizer steps of "
+        f"k = {sequences // training['microbatch_size']} microbatches of "
+        f"{training['microbatch_size']} sequences; {seeds} {'seed' if seeds == 1 else 'seeds'}"
     )
 
 

@@ -267,7 +267,7 @@ def _prepare(stop: synchronize.Event) -> None:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     report.terminal.quiet = True
-    logging.getLogger("experiments").setLevel(logging.ERROR)  # and not that another reads the start
+    logging.disable()
 
 
 def _end_with_parent() -> None:

@@ -36,15 +36,19 @@ fi; \
 echo "Using $$($$python --version) ($$python)"
 endef
 
-.PHONY: help demo demo-llm bench bench-tpu bench-training model-smollm2 test test-transformers test-tunix campaign \
-  lint format typecheck test-floor test-newest package publish docs docs-serve lock clean
+.PHONY: help demo demo-llm sweep bench bench-tpu bench-training model-smollm2 test test-transformers \
+  test-tunix campaign lint format typecheck test-floor test-newest package publish docs docs-serve lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.experiments  ## compare the methods on integer addition; a CPU will do
-	@echo "Running python -m experiments.compare"
-	@.venv/bin/python -m experiments.compare
+	@echo "Running python -m experiments.compare --preset demo"
+	@.venv/bin/python -m experiments.compare --preset demo
+
+sweep: .venv/.experiments  ## run docs/study.md: methods x learning rates x seeds on addition
+	@echo "Running python -m experiments.sweep"
+	@.venv/bin/python -m experiments.sweep --processes 2
 
 demo-llm: models/smollm2-135m-instruct .venv/.models  ## train SmolLM2-135M on arithmetic by GRPO and PROMA
 	@echo "Running python -m experiments.compare on SmolLM2-135M"

@@ -164,7 +164,9 @@ class Ours:
         metered = now()
         [minibatch] = batch.minibatches
         self._params, self._opt_state, _ = jax.block_until_ready(
-            training.update(self._method, self._params, self._opt_state, minibatch, self._frozen)
+            training.update(
+                self._method.step, self._params, self._opt_state, minibatch, self._frozen
+            )
         )
         updated = now()
         jax.block_until_ready(meter.step(self._params))

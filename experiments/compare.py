@@ -22,8 +22,8 @@ from experiments.training import update_norms
 class Command:
     """Trains all methods from one start, with the same prompts and seeds, and compares them.
 
-    `--preset NAME` stands for the flags of a preset, in experiments/presets.py: addition, reversal,
-    smollm2-arithmetic, gsm8k-qwen3-0.6b or mbpp-qwen3-0.6b. Flags beside it win.
+    `--preset NAME` stands for the flags of a preset, in experiments/presets.py: demo, addition,
+    reversal, smollm2-arithmetic, gsm8k-qwen3-0.6b or mbpp-qwen3-0.6b. Flags beside it win.
 
     Run again, it goes on where it was interrupted, and takes finished runs as they are.
 
@@ -94,7 +94,8 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
             directory = _directory(command, method, seed)
             _, rows = report.train(config, policy, params, directory, stopping, command.loggers)
             results[method].append(rows)
-    report.terminal.print(report.summary(results))
+    named = {figures.LABELS[method]: runs for method, runs in results.items()}
+    report.terminal.print(report.summary(named))
     title = f"{command.task.name}, {command.training.microbatches} microbatches per optimizer step"
     drawn = figures.draw(results, title, command.directory / "figures")
     report.terminal.print(

@@ -26,7 +26,7 @@ LABELS: dict[MethodName, str] = {
     "proma_both": "PROMA, both",
 }
 # Colours of Okabe and Ito, distinct to colour-blind readers.
-_COLOURS: dict[MethodName, str] = {
+COLOURS: dict[MethodName, str] = {
     "reinforce": "#000000",
     "grpo": "#E69F00",
     "grpo_matched": "#D55E00",
@@ -74,7 +74,7 @@ def _draw(place: axes.Axes, results: Results, method: MethodName, panel: _Panel)
             across, up = _points(runs, panel)
             place.plot(across, up.mean(axis=0), color="#BBBBBB", linewidth=0.8)
     across, up = _points(results[method], panel)
-    colour = _COLOURS[method]
+    colour = COLOURS[method]
     marker = "." if len(across) <= _FEW else None
     place.fill_between(across, up.min(axis=0), up.max(axis=0), color=colour, alpha=0.2, linewidth=0)
     place.plot(across, up.mean(axis=0), color=colour, marker=marker)
@@ -97,7 +97,7 @@ def _figure(results: Results, panels: list[_Panel], title: str) -> figure.Figure
         row[0].set_ylabel(panel.up)
     for method, place in zip(results, places[0], strict=True):
         name = textwrap.fill(LABELS[method], 14)
-        place.set_title(name, color=_COLOURS[method], fontsize="medium", fontweight="bold")
+        place.set_title(name, color=COLOURS[method], fontsize="medium", fontweight="bold")
     drawn.suptitle("\n".join([title, *textwrap.wrap(_key(results), int(13 * size[0]))]))
     return drawn
 

@@ -63,6 +63,12 @@ class Microbatch(NamedTuple):
     coefficients: jax.Array
 
 
+Step = Callable[
+    [nnx.State, optax.OptState, Microbatch, nnx.State],
+    tuple[nnx.State, optax.OptState, dict[str, Any]],
+]
+
+
 class Method(NamedTuple):
     """One method.
 
@@ -74,13 +80,9 @@ class Method(NamedTuple):
     """
 
     init: Callable[[nnx.State], optax.OptState]
-    step: Callable[
-        [nnx.State, optax.OptState, Microbatch, nnx.State],
-        tuple[nnx.State, optax.OptState, dict[str, Any]],
-    ]
+    step: Step
 
 
-@functools.lru_cache
 def make_method(
     name: MethodName,
     config: MethodConfig,
@@ -88,7 +90,10 @@ def make_method(
     microbatches: int,
     update_norms: tuple[float, ...] = (),
 ) -> Method:
-    """Builds a method; the same arguments give the same object, so that jit compiles it once.
+    """Builds a method.
+
+    The learning rate is part of the optimizer's state: arguments that differ in nothing else give
+    the same `step`, which jit compiles once.
 
     Args:
         name: which one.
@@ -97,7 +102,21 @@ def make_method(
         microbatches: how many make one optimizer step.
         update_norms: the length each optimizer step's update is rescaled to, for grpo_matched.
     """
+    of_any_rate = dataclasses.replace(config, learning_rate=1.0)
+    return Method(
+        init=_make_method(name, config, policy, microbatches, update_norms).init,
+        step=_make_method(name, of_any_rate, policy, microbatches, update_norms).step,
+    )
 
+
+@functools.lru_cache
+def _make_method(
+    name: MethodName,
+    config: MethodConfig,
+    policy: sampling.Policy,
+    microbatches: int,
+    update_norms: tuple[float, ...],
+) -> Method:
     def loss_gradient(loss_fn):
         def gradient(params, microbatch, frozen):
             def loss(params):
@@ -147,7 +166,8 @@ def make_method(
     inner = optax.chain(
         optax.snapshot("gradient_norm", optax.tree.norm),
         optax.clip_by_global_norm(config.max_gradient_norm),
-        optax.adamw(config.learning_rate),
+        optax.adamw(1.0),
+        optax.inject_hyperparams(optax.scale)(step_size=config.learning_rate),
         rescale_to(update_norms) if name == "grpo_matched" else optax.identity(),
         optax.snapshot("update_norm", optax.tree.norm),
     )

@@ -20,6 +20,7 @@ _QWEN3 = """
 """
 
 PRESETS = {
+    "demo": "--task addition --training.steps 40",
     "addition": "--task addition",
     "reversal": """
         --task reversal --start.decoder.layers 3 --start.target-accuracy 0.4

@@ -50,6 +50,10 @@ class OtherSettings(files.Failure):
     """A directory holds a run with other settings."""
 
 
+class NotFinite(files.Failure):
+    """A run gave numbers that are not finite, and ended there."""
+
+
 def read_metrics(directory: pathlib.Path) -> list[Row]:
     """The rows of a run's metrics; a last line cut off by an interruption is left out.
 
@@ -72,14 +76,14 @@ def _line(row: Row) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def _differences(old: Any, new: Any, grows: Collection[str], name: str = "") -> list[str]:
+def differences(old: Any, new: Any, grows: Collection[str] = (), name: str = "") -> list[str]:
     """How settings differ, but for those named in `grows` where the new goes on from the old."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [
             line
             for key in keys
-            for line in _differences(old.get(key), new.get(key), grows, f"{name}.{key}".strip("."))
+            for line in differences(old.get(key), new.get(key), grows, f"{name}.{key}".strip("."))
         ]
     if name in grows and type(old) is type(new):
         new_part = new[: len(old)] if isinstance(new, list) else min(old, new)
@@ -221,10 +225,10 @@ class Run:
         cure = "Put back a copy of it, or choose another directory."
         content = self._config.read_bytes() if self._config.exists() else b""
         old = files.parse(content, dict, str(self._config), cure)
-        differences = _differences(old, self._settings, self._grows)
-        if differences:
+        found = differences(old, self._settings, self._grows)
+        if found:
             raise OtherSettings(
-                f"{self.directory} holds a run with other settings ({'; '.join(differences)})."
+                f"{self.directory} holds a run with other settings ({'; '.join(found)})."
             )
 
     def __enter__(self) -> Self:
@@ -337,7 +341,7 @@ class Run:
         """Ends the run if its latest row, or its state after it, has a number that is not finite.
 
         Raises:
-            files.Failure: it has.
+            NotFinite: it has.
         """
         found = [f"{name} {x}" for name, x in row.items() if not math.isfinite(x)] + [
             jax.tree_util.keystr(path)
@@ -348,7 +352,7 @@ class Run:
             with _saving(self._checkpoints):
                 self._manager.wait_until_finished()
             kept = "no checkpoint yet" if self.step is None else f"checkpoint {self.step} in it"
-            raise files.Failure(
+            raise NotFinite(
                 f"Step {row['step']} gave numbers that are not finite: "
                 f"{textwrap.shorten(', '.join(found), 100)}. The run in {self.directory} stops "
                 f"there, unfinished, with {kept}.\nThe same command stops there again; a run with "

@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from statistics import fmean, median, stdev
 from typing import Protocol, Self
@@ -13,7 +13,6 @@ from rich import box, console, progress, table, text
 
 from experiments import (
     configs,
-    figures,
     loggers,
     methods,
     records,
@@ -44,13 +43,14 @@ class Settings(Protocol):
     def training(self) -> configs.TrainingConfig: ...
 
 
-def settings(of: Settings) -> None:
-    """Prints the settings that the results hang on."""
+def settings(of: Settings, learning_rates: Sequence[float] = ()) -> None:
+    """Prints the settings that the results hang on, with the learning rates of a sweep."""
     config, method, shape = (
         of.training,
         of.training.method,
         starts.decoder_config(of.task, of.model, of.start),
     )
+    rates = ", ".join(f"{rate:g}" for rate in learning_rates or [method.learning_rate])
     task, options = of.task.made, "".join(f", {option}" for option in of.task.task_options)
     terminal.print(
         f"[bold]Task[/]     {of.task.name}{options}: {len(task.training):,} training problems, "
@@ -61,7 +61,7 @@ def settings(of: Settings) -> None:
         f"[bold]Training[/] {config.steps} optimizer steps, {config.steps_per_batch} per rollout "
         f"batch of {config.prompts} prompts x {config.group_size} responses; "
         f"{config.microbatches} microbatches of {config.microbatch_size} sequences per step\n"
-        f"[bold]Methods[/]  AdamW, learning rate {method.learning_rate:g}, clipping "
+        f"[bold]Methods[/]  AdamW, learning rate {rates}, clipping "
         f"{method.max_gradient_norm:g}; GRPO: clip {method.clip:g}; PROMA: shrinkage "
         f"{method.shrinkage:g}; accumulation: ridge {method.ridge:g}, relative bound "
         f"{method.relative_bound}, skip fraction {method.skip_fraction:g}; intra: rank "
@@ -124,9 +124,9 @@ class _Shown:
         """Says where the run is, and where it begins."""
         self.directory = run.directory
         for passed in run.passed:
-            _print(f"{passed} This one goes beside it.")
+            say(f"{passed} This one goes beside it.")
         how = f"resumed from step {run.step}" if run.step else "begun"
-        _print(f"{self._name}: {'complete already' if finished else how}, in {run.directory}")
+        say(f"{self._name}: {'complete already' if finished else how}, in {run.directory}")
         self._bar.update(self._task, completed=run.step or 0, visible=not finished)
         if not finished:
             self._line()
@@ -153,10 +153,11 @@ class _Shown:
         if self._bar.disable and (now >= self._next_line or task.finished):
             self._next_line = now + SECONDS_BETWEEN_LINES
             cells = (str(column(task)).strip() for column in self._columns)
-            _print("  ".join(filter(None, cells)))
+            say("  ".join(filter(None, cells)))
 
 
-def _print(line: str) -> None:
+def say(line: str) -> None:
+    """Prints plain text as it is."""
     terminal.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -188,7 +189,7 @@ def start(
         policy, params = starts.adapted(policy, params, of.model)
     size, trained = (_size(state) for state in (params, lora.split(params)[0]))
     adapters = f", {trained:,} of them in adapters, which are trained" if trained < size else ""
-    _print(f"Start: {size:,} parameters{adapters}, {how}")
+    say(f"Start: {size:,} parameters{adapters}, {how}")
     return policy, params
 
 
@@ -243,8 +244,12 @@ def _values(rows: Sequence[records.Row], key: str) -> list[float]:
     return [row[key] for row in rows if key in row]
 
 
-def summary(results: figures.Results) -> table.Table:
-    """The table of results: means over the seeds and, below them, their standard deviations."""
+def summary(results: Mapping[str, list[list[records.Row]]]) -> table.Table:
+    """The table of results: means over the seeds and, below them, their standard deviations.
+
+    Args:
+        results: by the name to show, the metrics of runs, one per seed.
+    """
     seeds = max(len(runs) for runs in results.values())
     shown = table.Table(
         title=f"Results of {seeds} seeds: mean, ± standard deviation" if seeds > 1 else "Results",
@@ -258,11 +263,11 @@ def summary(results: figures.Results) -> table.Table:
     shown.add_column("method", min_width=12)
     for header, *_ in _COLUMNS:
         shown.add_column(header, justify="right")
-    for method, runs in results.items():
+    for name, runs in results.items():
         cells = []
         for _, decimals, number in _COLUMNS:
             numbers = [number(rows) for rows in runs]
-            spread = f"\n±{stdev(numbers):.{decimals}f}" if seeds > 1 else ""
-            cells.append(f"{fmean(numbers):.{decimals}f}{spread}")
-        shown.add_row(figures.LABELS[method], *cells)
+            spread = f"\n±{stdev(numbers):.{decimals}f}" if len(numbers) > 1 else ""
+            cells.append(f"{fmean(numbers):.{decimals}f}{spread}" if numbers else "")
+        shown.add_row(name, *cells)
     return shown

@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 from experiments import (
     checked,
     command_line,
+    figures,
     files,
     preemption,
     records,
@@ -28,9 +29,9 @@ from experiments.tasks.settings import TaskConfig
 class Command:
     """Trains a policy by one method. Run again, it goes on where it was interrupted.
 
-    `--preset NAME` stands for the flags of a preset, in experiments/presets.py: addition, reversal,
-    smollm2-arithmetic, gsm8k-qwen3-0.6b or mbpp-qwen3-0.6b. `--config FILE` stands for those of an
-    earlier run's config.json. Flags beside them win.
+    `--preset NAME` stands for the flags of a preset, in experiments/presets.py: demo, addition,
+    reversal, smollm2-arithmetic, gsm8k-qwen3-0.6b or mbpp-qwen3-0.6b. `--config FILE` stands for
+    those of an earlier run's config.json. Flags beside them win.
 
     Results go to runs/train/<method>/seed_<seed> in the current folder, the warm start, where no
     pretrained model is named, to runs/warm_start.
@@ -95,7 +96,7 @@ def main(command: Command) -> None:
     with preemption.handled() as stopping:
         policy, params = report.start(config, command.start_directory, stopping)
         directory, rows = report.train(config, policy, params, directory, stopping, command.loggers)
-        report.terminal.print(report.summary({command.method: [rows]}))
+        report.terminal.print(report.summary({figures.LABELS[command.method]: [rows]}))
         if command.save_model is not None:
             trained = training.trained(config, policy, params, directory)
             starts.save(command.save_model, policy, trained, config.model)

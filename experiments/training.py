@@ -191,7 +191,7 @@ def _step(
     meter: divergence.Meter,
 ) -> tuple[State, dict[str, float]]:
     """One optimizer step, and what there is to say about it."""
-    arguments = method, state.params, state.opt_state, minibatch, frozen
+    arguments = method.step, state.params, state.opt_state, minibatch, frozen
     update.lower(*arguments).compile()  # at the first step only, and not timed
     began = time.perf_counter()
     params, opt_state, lengths = jax.block_until_ready(update(*arguments))
@@ -203,15 +203,15 @@ def _step(
     return state, {k: float(v) for k, v in row.items()}
 
 
-@functools.partial(jax.jit, static_argnames="method")
+@functools.partial(jax.jit, static_argnames="take_step")
 def update(
-    method: methods.Method,
+    take_step: methods.Step,
     params: nnx.State,
     opt_state: optax.OptState,
     minibatch: methods.Microbatch,
     frozen: nnx.State,
 ) -> tuple[nnx.State, optax.OptState, dict[str, jax.Array]]:
     """One optimizer step, from the microbatches of `minibatch` (k, b, ...)."""
-    params, opt_state, removed = method.step(params, opt_state, minibatch, frozen)
+    params, opt_state, removed = take_step(params, opt_state, minibatch, frozen)
     lengths = {name: optax.tree.get(opt_state, name) for name in ("gradient_norm", "update_norm")}
     return params, opt_state, lengths | jax.tree.map(jnp.mean, removed)

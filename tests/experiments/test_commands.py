@@ -1,4 +1,4 @@
-"""The two commands: what they refuse, and the figures they draw."""
+"""The commands: what they refuse, and the figures they draw."""
 
 import dataclasses
 import json
@@ -23,6 +23,7 @@ from experiments import (
     methods,
     presets,
     records,
+    sweep,
     train,
     training,
 )
@@ -64,7 +65,7 @@ def test_figures_are_written(tmp_path):
         assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 5
 
 
-@pytest.mark.parametrize("module", [train, compare])
+@pytest.mark.parametrize("module", [train, compare, sweep])
 def test_help_explains_every_setting_and_says_where_results_go(module, capsys):
     with pytest.raises(SystemExit) as ended:
         command_line.read(module.Command, "prog", ["--help"])
@@ -176,6 +177,20 @@ REFUSED = [
             "--methods grpo_matched proma_accumulation",
             "must name proma_accumulation before grpo_matched",
         ),
+        (sweep, "--learning-rates 1e-3 0.0", "--learning-rates 0.0 must be greater than 0"),
+        (sweep, "--variants", "--variants () must have at least 1 item"),
+        (sweep, "--variants grpo grpo", "('grpo', 'grpo') must not name anything twice"),
+        (sweep, "--variants ppo", "--variants ppo must begin with one of reinforce, grpo, proma_"),
+        (sweep, "--variants grpo_matched", "--variants grpo_matched must begin with one of"),
+        (sweep, "--variants grpo,rate=1", "--variants grpo,rate=1 must say SETTING=VALUE after"),
+        (sweep, "--variants grpo,learning_rate=1", "with one of max_gradient_norm, clip, "),
+        (sweep, "--variants grpo,clip=x", "grpo,clip=x must have a number, True, False or None as"),
+        (
+            sweep,
+            "--variants grpo,clip=2",
+            "--variants grpo,clip=2 is not allowed: clip must be less",
+        ),
+        (sweep, "--variants proma_intra,rank=49", "--training.method.rank 49 must be at most 48"),
     ],
 )
 def test_a_refusal_is_two_lines_with_flag_value_and_what_is_allowed(module, flags, told, capsys):
@@ -197,6 +212,7 @@ def test_a_refusal_is_two_lines_with_flag_value_and_what_is_allowed(module, flag
         (train, "--method proma_intra --training.method.rank 48"),
         (compare, "--methods grpo --seeds 1"),
         (compare, "--methods proma_accumulation grpo_matched"),
+        (sweep, "--variants proma_both,rank=48,fused=True grpo,relative_bound=None"),
     ],
 )
 def test_what_makes_sense_is_taken(module, flags):
@@ -298,11 +314,12 @@ def test_a_preset_stands_for_flags_and_flags_beside_it_win():
 
 
 @pytest.mark.parametrize("name", [name for name in presets.PRESETS if "qwen3" not in name])
-def test_presets_are_settings_of_both_commands(name, tmp_path, monkeypatch):
+def test_presets_are_settings_of_all_commands(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(MODEL, tmp_path / "models" / "smollm2-135m-instruct")
     command_line.read(train.Command, "prog", ["--method", "grpo", "--preset", name])
     command_line.read(compare.Command, "prog", ["--preset", name])
+    command_line.read(sweep.Command, "prog", ["--preset", name])
 
 
 def test_a_runs_config_gives_its_settings_again(tmp_path):
@@ -323,7 +340,7 @@ def test_a_runs_config_gives_its_settings_again(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--preset", "none"], "There is no preset 'none', but: addition, "),
+        (["--preset", "none"], "There is no preset 'none', but: demo, addition, "),
         (["--config", "none.json"], "none.json cannot be used: "),
         (["--config"], " cannot be used: "),
     ],

@@ -102,7 +102,7 @@ def test_the_fused_form_takes_the_same_step():
         settings = methods.MethodConfig(fused=fused, skip_fraction=0.0, learning_rate=1e-2)
         method = methods.make_method("proma_both", settings, policy, 2)
         found, _, about = training.update(
-            method, adapters, method.init(adapters), minibatch, frozen
+            method.step, adapters, method.init(adapters), minibatch, frozen
         )
         assert about["accumulation_fraction"] > 0
         after.append((found, about["update_norm"]))

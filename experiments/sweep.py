@@ -1,0 +1,311 @@
+"""`python -m experiments.sweep`: methods x learning rates x seeds from one start, then the figures.
+
+Each cell is an ordinary run in a folder of its own, which `training.train` goes on with or, if it
+is finished, takes as it is: that is all there is to resuming. The cells are worked on by processes
+that are started anew, so that no two share a JAX; they end with the one that started them, however
+that ends.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+import multiprocessing
+import os
+import pathlib
+import signal
+import threading
+import time
+import typing
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from datetime import timedelta
+from multiprocessing import synchronize
+from statistics import fmean
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import pydantic
+from flax import nnx
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from experiments import (
+    checked,
+    command_line,
+    files,
+    plot,
+    preemption,
+    records,
+    report,
+    sampling,
+    training,
+    warm_start,
+)
+from experiments.command_line import Unprefixed
+from experiments.configs import RunConfig, TrainingConfig
+from experiments.methods import MethodConfig, MethodName
+from experiments.models.settings import ModelConfig
+from experiments.tasks.settings import TaskConfig
+
+_METHODS = [name for name in typing.get_args(MethodName) if name != "grpo_matched"]
+
+
+@dataclass(frozen=True, config=checked.CONFIG)
+class Command:
+    """Trains variants of the methods with several learning rates and seeds, all from one start.
+
+    Run again, it goes on where it was interrupted or killed, and takes finished runs as they are.
+    Without flags it is the study of docs/study.md. `--preset NAME` stands for the flags of a
+    preset, in experiments/presets.py: demo, addition, reversal, smollm2-arithmetic,
+    gsm8k-qwen3-0.6b or mbpp-qwen3-0.6b. Flags beside it win.
+
+    Results go to runs/sweep/<variant>/lr_<rate>/seed_<seed> in the current folder, the figures
+    (`python -m experiments.plot`) to runs/sweep/figures, and the warm start, where no pretrained
+    model is named, to runs/warm_start.
+    """
+
+    variants: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "reinforce",
+        "grpo",
+        "proma_accumulation,skip_fraction=0.5,relative_bound=None",
+        "proma_accumulation,skip_fraction=0,relative_bound=None",
+        "proma_intra",
+    )
+    """Which methods, each METHOD or METHOD,SETTING=VALUE,... with what differs from the settings
+    of --training.method."""
+    learning_rates: Annotated[tuple[checked.Positive, ...], Field(min_length=1)] = (
+        1e-5,
+        3e-5,
+        1e-4,
+        3e-4,
+        1e-3,
+    )
+    """Of AdamW; every variant runs with each. They take the place of
+    --training.method.learning-rate."""
+    seeds: Annotated[tuple[checked.Seed, ...], Field(min_length=1)] = (0, 1, 2)
+    """Seeds of prompts, sampling and shuffling; every variant and rate runs once with each."""
+    processes: checked.Count = 1
+    """How many runs go on at a time, each in a process of its own. On a CPU as many as it has
+    cores; processes on one accelerator would have to share its memory."""
+    directory: pathlib.Path = pathlib.Path("runs/sweep")
+    """Where figures and runs go, each to <variant>/lr_<rate>/seed_<seed>, with other settings
+    beside it."""
+    start_directory: pathlib.Path = pathlib.Path("runs/warm_start")
+    """Where the warm start is, or will be."""
+    task: Annotated[TaskConfig, Unprefixed] = TaskConfig()
+    model: Annotated[ModelConfig, Unprefixed] = ModelConfig()
+    start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    def __post_init__(self):
+        checked.check_distinct("variants", self.variants)
+        checked.check_distinct("learning_rates", self.learning_rates)
+        checked.check_distinct("seeds", self.seeds)
+        self.cells()
+
+    def cells(self) -> "list[Cell]":
+        """The runs of the sweep, those of one seed after those of another."""
+        grid = itertools.product(self.seeds, self.learning_rates, self.variants)
+        return [self._cell(variant, rate, seed) for seed, rate, variant in grid]
+
+    def _cell(self, variant: str, rate: float, seed: int) -> "Cell":
+        method, changes = _parsed(variant)
+        try:
+            settings = dataclasses.replace(
+                self.training.method, **changes | {"learning_rate": rate}
+            )
+        except pydantic.ValidationError as error:
+            refused = error.errors()[0]
+            allowed = refused["msg"].removeprefix("Input should ")
+            raise ValueError(
+                f"variants={variant} is not allowed: {refused['loc'][0]} must {allowed}"
+            ) from None
+        config = RunConfig(
+            method,
+            seed,
+            self.task,
+            self.model,
+            self.start,
+            dataclasses.replace(self.training, method=settings),
+        )
+        return Cell(
+            name=f"{variant}, lr {rate:g}, seed {seed}",
+            directory=self.directory / variant / f"lr_{rate}" / f"seed_{seed}",
+            config=config,
+        )
+
+
+class Cell(NamedTuple):
+    """One run of a sweep."""
+
+    name: str
+    directory: pathlib.Path
+    config: RunConfig
+
+
+class Outcome(NamedTuple):
+    """What a process says of a cell.
+
+    Attributes:
+        directory: where the run is.
+        seconds: that this process worked on it; 0 if it was complete already.
+    """
+
+    directory: pathlib.Path
+    seconds: float
+
+
+def _parsed(variant: str) -> tuple[MethodName, dict[str, Any]]:
+    """The method and the changed settings that METHOD,SETTING=VALUE,... stands for."""
+    method, *changes = variant.split(",")
+    if method not in _METHODS:
+        raise ValueError(f"variants={variant} must begin with one of {', '.join(_METHODS)}")
+    names = [field.name for field in dataclasses.fields(MethodConfig)]
+    names.remove("learning_rate")
+    settings = {}
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name not in names:
+            raise ValueError(
+                f"variants={variant} must say SETTING=VALUE after each comma, with one of "
+                f"{', '.join(names)}"
+            )
+        try:
+            settings[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            raise ValueError(
+                f"variants={variant} must have a number, True, False or None as {name}"
+            ) from None
+    return typing.cast(MethodName, method), settings
+
+
+def main(command: Command) -> None:
+    """Runs the command."""
+    cells = command.cells()
+    runs = [cell.directory for cell in cells]
+    files.check_writable(command.start_directory, command.directory / "figures", *runs)
+    with preemption.handled() as stopping:
+        _sweep(command, cells, stopping)
+
+
+def _sweep(command: Command, cells: list[Cell], stopping: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    report.settings(command, command.learning_rates)
+    report.start(command, command.start_directory, stopping)
+    report.say(
+        f"Sweep: {len(cells)} runs, {len(command.variants)} variants x "
+        f"{len(command.learning_rates)} learning rates x {len(command.seeds)} seeds, "
+        f"{command.processes} at a time"
+    )
+    saved: list[plot.Saved] = []
+    seconds: list[float] = []
+    for cell, outcome in _outcomes(command, cells, stopping):
+        saved.append(plot.read(outcome.directory))
+        how = "complete already"
+        if outcome.seconds:
+            seconds.append(outcome.seconds)
+            left = fmean(seconds) * (len(cells) - len(saved)) / command.processes
+            how = f"{outcome.seconds:.0f} s, {timedelta(seconds=round(left))} left"
+        report.say(f"{len(saved)}/{len(cells)}  {cell.name}: {plot.told(saved[-1])}; {how}")
+    report.terminal.print(plot.table(saved))
+    drawn = plot.draw(saved, command.directory / "figures")
+    report.say(
+        f"Settings, environment, metrics, checkpoints: {command.directory}/<variant>/lr_<rate>/"
+        f"seed_<seed>, unless said above\nFigures: {', '.join(map(str, drawn))}\n"
+        f"Done in {(time.monotonic() - began) / 60:.1f} minutes."
+    )
+
+
+def _outcomes(
+    command: Command, cells: list[Cell], stopping: Callable[[], bool]
+) -> Iterator[tuple[Cell, Outcome]]:
+    """Each cell when it is done, worked on by processes that are asked to stop if this one is.
+
+    Raises:
+        files.Failure: a cell cannot be worked on; or a process ended by itself.
+        records.Preempted: `stopping` said so; what was done is saved.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.plot", "experiments.training"])
+    stop = context.Event()
+    done = 0
+    with futures.ProcessPoolExecutor(command.processes, context, _prepare, (stop,)) as pool:
+        try:
+            work = {pool.submit(_run, command, cell): cell for cell in cells}
+            left = set(work)
+            while left:
+                ended, left = futures.wait(left, 0.2, futures.FIRST_COMPLETED)
+                if stopping():
+                    raise records.Preempted(
+                        f"Preempted with {done} of {len(cells)} runs complete. The same command "
+                        "goes on from there."
+                    )
+                for future in ended:
+                    done += 1
+                    yield work[future], future.result()
+        except futures.BrokenExecutor as error:
+            raise files.Failure(
+                "A process of the sweep was killed, perhaps since memory ran out. The same command "
+                "goes on from the checkpoints; --processes says how many work at a time."
+            ) from error
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+_stop: synchronize.Event
+
+
+def _prepare(stop: synchronize.Event) -> None:
+    """Makes a process ready to work on cells."""
+    global _stop
+    _stop = stop
+    for number in (signal.SIGTERM, signal.SIGINT):  # the process that started it says when to stop
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    report.terminal.quiet = True
+    logging.disable()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@functools.cache
+def _start(command: Command) -> tuple[sampling.Policy, nnx.State]:
+    """What all cells start from, read once by each process; from then on it keeps its programs."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        programs = command.directory.absolute() / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(programs))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return report.start(command, command.start_directory, _stop.is_set)
+
+
+def _run(command: Command, cell: Cell) -> Outcome:
+    """Works on a cell until its run is finished or has numbers that are not finite."""
+    if _stop.is_set():
+        raise records.Preempted
+    began = time.monotonic()
+    opened: list[tuple[pathlib.Path, bool]] = []
+    policy, params = _start(command)
+    with contextlib.suppress(records.NotFinite):
+        training.train(
+            cell.config,
+            policy,
+            params,
+            cell.directory,
+            on_open=lambda run, finished: opened.append((run.directory, finished)),
+            stopping=_stop.is_set,
+        )
+    [(directory, is_finished)] = opened
+    return Outcome(directory, 0.0 if is_finished else time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    command_line.run(Command, main, "python -m experiments.sweep")

@@ -162,7 +162,7 @@ def describe_scores(
       has_aux: as in `sequence_scores`.
 
     Returns:
-      The table as text, a line per leaf; see the example at the top of this module. "projected by"
+      The table as text, a line per leaf; the page `Your model` explains one. "projected by"
       says which variants project the leaf unless a mask says otherwise. Dense scores that take more
       than 64 MiB have their size beside the reason. Below the table stands what else there is to
       know: leaves that only a mask has projected, and a function that `jax.vmap` cannot map.

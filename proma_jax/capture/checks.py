@@ -116,7 +116,12 @@ def check_microbatch(microbatch: Any) -> None:
         )
     shapes = [(jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in leaves]
     for name, shape in shapes:
-        if not shape or shape[0] != (shapes[0][1] or (None,))[0]:
+        if not shape:
+            raise ValueError(
+                f"microbatch{name} has shape (): every leaf must have a leading axis of b "
+                "sequences, also where b is 1."
+            )
+        if shape[0] != shapes[0][1][0]:
             raise ValueError(
                 f"microbatch{name} has shape {shape}, but microbatch{shapes[0][0]} has shape "
                 f"{shapes[0][1]}: every leaf must have the same leading axis of b sequences."

@@ -46,8 +46,9 @@ def match_scores(updates: Any, scores: Any) -> list[tuple[str, Array, ScoreLeaf 
         raise ValueError(
             "scores is None: pass update(updates, state, params, scores=scores), from "
             "proma_jax.sequence_scores. If you do, something around the transformation drops extra "
-            "arguments, as some of optax's wrappers do, and as `accumulate` does for its inner "
-            "optimizer: put it outside of that, by optax.chain (docs/optax.md)."
+            "arguments: flax's TrainState.apply_gradients does (call state.tx.update instead), "
+            "some of optax's wrappers do, and `accumulate` does for its inner optimizer (put it "
+            "outside of that, by optax.chain). The page `With optax`, docs/optax.md, has each."
         )
     _check_no_pair(scores, updates)
     by_path = dict(jax.tree_util.tree_leaves_with_path(scores, is_leaf=_stands_for_leaf))

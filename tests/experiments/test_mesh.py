@@ -15,6 +15,7 @@ from experiments import (
     generate,
     meshes,
     methods,
+    plan,
     report,
     starts,
     train,
@@ -159,3 +160,17 @@ def test_an_array_is_spread_along_its_largest_dimension_that_can_be(shape, spec)
 def test_more_devices_than_there_are_are_refused():
     with pytest.raises(files.Failure, match="--mesh data=16 needs 16 devices, but JAX finds 8"):
         meshes.MeshConfig("data=16").made()
+
+
+def test_a_plan_says_what_each_program_takes(capsys):
+    settings = configs.TrainingConfig(
+        prompts=2, microbatch_size=4, method=methods.MethodConfig(fused=True)
+    )
+    model = ModelConfig(MODEL, prompt_tokens=16, response_tokens=8, lora=2)
+    assert plan.Command(model=model, training=settings).mesh().size == 1
+    plan.main(plan.Command(model=model, training=settings, devices=meshes.MeshConfig("fsdp=4")))
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert "on 4 cpu, data=1, fsdp=4" in printed
+    for name in ("sampling, 16 sequences", "update, 2 microbatches of 4"):
+        assert f"{name}" in printed
+    assert printed.count(" at its peak") == 2

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments import methods, sampling
+from experiments import meshes, methods, sampling
 from experiments.configs import RunConfig
 from experiments.tasks.task import Problem, draw, graded
 from proma_jax import policy_gradient as pg
@@ -65,7 +65,7 @@ def divide(
         order = rng.permutation(share).reshape(settings.microbatches, settings.microbatch_size)
         chosen = jax.tree.map(lambda x: x[order], rollouts)
         weights = pg.token_mean_coefficients(advantages[order], chosen.mask.sum())
-        return methods.Microbatch(chosen, weights)
+        return meshes.rows(policy.mesh, methods.Microbatch(chosen, weights), axis=1)
 
     described = {
         "reward" if name == "reward" else f"rollout_{name}": float(grade.mean())

@@ -8,7 +8,16 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from experiments import checked, command_line, figures, files, preemption, report, warm_start
+from experiments import (
+    checked,
+    command_line,
+    figures,
+    files,
+    meshes,
+    preemption,
+    report,
+    warm_start,
+)
 from experiments.command_line import Unprefixed
 from experiments.configs import RunConfig, TrainingConfig
 from experiments.loggers import LoggersConfig
@@ -52,10 +61,12 @@ class Command:
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
     training: TrainingConfig = TrainingConfig()
     loggers: Annotated[LoggersConfig, Unprefixed] = LoggersConfig()
+    devices: Annotated[meshes.MeshConfig, Unprefixed] = meshes.MeshConfig()
 
     def __post_init__(self):
         checked.check_distinct("methods", self.methods)
         checked.check_distinct("seeds", self.seeds)
+        self.training.check_on(self.devices)
         self.training.check_with(self.methods, self.task, self.model, self.start)
         order = {method: place for place, method in enumerate(self.methods)}
         last = len(order)
@@ -80,8 +91,9 @@ def _directory(command: Command, method: MethodName, seed: int) -> pathlib.Path:
 
 def _compare(command: Command, stopping: Callable[[], bool]) -> None:
     began = time.monotonic()
-    report.settings(command)
-    policy, params = report.start(command, command.start_directory, stopping)
+    mesh = command.devices.made()
+    report.settings(command, mesh=mesh)
+    policy, params = report.start(command, command.start_directory, stopping, mesh)
     results: figures.Results = {method: [] for method in command.methods}
     for seed in command.seeds:
         for method in command.methods:

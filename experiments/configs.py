@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from experiments import checked, methods, starts, validation, warm_start
+from experiments import checked, meshes, methods, starts, validation, warm_start
 from experiments.models.settings import ModelConfig
 from experiments.sampling import SamplingConfig
 from experiments.tasks.settings import TaskConfig
@@ -92,6 +92,21 @@ class TrainingConfig:
         if {"proma_intra", "proma_both"} & set(names) and self.method.rank > most:
             raise ValueError(
                 f"training.method.rank={self.method.rank} must be at most {most}, the {what}"
+            )
+
+    def check_on(self, devices: meshes.MeshConfig) -> None:
+        """Raises a ValueError if devices cannot share the sequences evenly."""
+        if self.microbatch_size % devices.size:
+            raise ValueError(
+                f"training.microbatch_size={self.microbatch_size} must be a multiple of "
+                f"{devices.size}, the devices of mesh={devices.mesh}: take fewer devices, or "
+                "larger microbatches, which make it another experiment"
+            )
+        sampled = min(self.sequences_at_a_time, self.prompts * self.group_size)
+        if sampled % devices.size:
+            raise ValueError(
+                f"training.sequences_at_a_time={self.sequences_at_a_time} must be a multiple of "
+                f"{devices.size}, the devices of mesh={devices.mesh}"
             )
 
     @property

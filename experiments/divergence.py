@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments import sampling
+from experiments import meshes, sampling
 from proma_jax import policy_gradient as pg
 
 _MOST_AT_A_TIME = 64
@@ -69,7 +69,7 @@ def _see(policy, rollouts, at_a_time, params):
 @functools.partial(jax.jit, static_argnames=("policy", "at_a_time"))
 def _hidden(policy, rollouts, at_a_time, params):
     of_part = functools.partial(sampling.response_hidden, policy, params)
-    hidden = _in_parts(of_part, rollouts, at_a_time)
+    hidden = _in_parts(policy.mesh, of_part, rollouts, at_a_time)
     return hidden.reshape(-1, *hidden.shape[2:])[: len(rollouts.mask)]
 
 
@@ -89,17 +89,18 @@ def _divergences(policy, mask, at_a_time, before, after, start):
         return jax.tree.map(lambda mean: mean * mask.sum(), means)
 
     responses = mask, before.hidden, after.hidden, start.hidden
-    sums = _in_parts(of_part, responses, at_a_time)
+    sums = _in_parts(policy.mesh, of_part, responses, at_a_time)
     return jax.tree.map(lambda x: x.sum() / mask.sum(), sums)
 
 
-def _in_parts(of_part, rows, at_a_time):
+def _in_parts(mesh, of_part, rows, at_a_time):
     """What `of_part` gives of so many rows at a time, the last of them padded; stacked."""
     count = len(jax.tree.leaves(rows)[0])
-    at_a_time = min(at_a_time, _MOST_AT_A_TIME, count)
+    at_a_time = meshes.multiple(mesh, min(at_a_time, _MOST_AT_A_TIME, count))
 
     def in_parts(x):
         padding = ((0, -count % at_a_time), *((0, 0),) * (x.ndim - 1))
-        return jnp.pad(x, padding).reshape(-1, at_a_time, *x.shape[1:])
+        parts = jnp.pad(x, padding).reshape(-1, at_a_time, *x.shape[1:])
+        return meshes.kept_rows(mesh, parts, axis=1)
 
     return jax.lax.map(of_part, jax.tree.map(in_parts, rows))

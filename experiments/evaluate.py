@@ -8,7 +8,7 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 from rich import console, progress
 
-from experiments import checked, command_line, environment, files, starts, validation
+from experiments import checked, command_line, environment, files, meshes, starts, validation
 from experiments.models.settings import DType, ModelConfig
 from experiments.tasks.settings import TaskConfig
 
@@ -34,6 +34,7 @@ class Command:
     """Problems that are answered together; fewer take less memory."""
     dtype: DType = "float32"
     """Of parameters and computation."""
+    devices: Annotated[meshes.MeshConfig, command_line.Unprefixed] = meshes.MeshConfig()
     directory: pathlib.Path = pathlib.Path("runs/evaluate")
     """Where results go."""
 
@@ -55,7 +56,8 @@ def main(command: Command) -> None:
             prompt_tokens=command.prompt_tokens,
             response_tokens=command.response_tokens,
             dtype=command.dtype,
-        )
+        ),
+        command.devices.made(),
     )
     with files.using(directory):
         directory.mkdir(parents=True)

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from experiments import checked, command_line, sampling, starts
+from experiments import checked, command_line, meshes, sampling, starts
 from experiments.models.settings import DType, ModelConfig
 from experiments.sampling import SamplingConfig
 from experiments.tasks.task import Chat
@@ -38,6 +38,7 @@ class Command:
     drawing: Annotated[SamplingConfig, command_line.Unprefixed] = SamplingConfig()
     dtype: DType = "float32"
     """Of parameters and computation."""
+    devices: Annotated[meshes.MeshConfig, command_line.Unprefixed] = meshes.MeshConfig()
     json: bool = False
     """Whether to print JSON objects, one a line: prompt, response, the number of its tokens,
     whether it came to an end, and its log-probability."""
@@ -59,7 +60,8 @@ class Command:
 def main(command: Command) -> None:
     """Runs the command."""
     policy, params = starts.pretrained(
-        ModelConfig(command.model, response_tokens=command.max_tokens, dtype=command.dtype)
+        ModelConfig(command.model, response_tokens=command.max_tokens, dtype=command.dtype),
+        command.devices.made(),
     )
     prompts = [prompt for prompt in command.prompt for _ in range(command.samples)]
     asked = [command.asked(prompt) for prompt in command.prompt]

@@ -17,7 +17,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 import proma_jax as proma
-from experiments import checked, sampling
+from experiments import checked, meshes, sampling
 from proma_jax import policy_gradient as pg
 
 MethodName = Literal[
@@ -150,7 +150,10 @@ def _make_method(
         return logprob
 
     def score_gradient(params, microbatch, frozen):
-        _, scores = proma.sequence_scores(sequence_logprob(frozen))(params, microbatch.rollouts)
+        scores_fn = proma.sequence_scores(
+            sequence_logprob(frozen), **meshes.named(policy.mesh, params)
+        )
+        _, scores = scores_fn(params, microbatch.rollouts)
         return proma.weighted_sum(scores, microbatch.coefficients), {"scores": scores}
 
     def plainly_accumulated(inner):
@@ -181,33 +184,36 @@ def _make_method(
     intra = proma.Intra(rank=config.rank, shrinkage=config.shrinkage)
     if config.fused and name in ("proma_accumulation", "proma_intra", "proma_both"):
 
-        def fused(frozen, *arguments):
+        def fused(frozen, params, *arguments):
             gradient_fn = proma.accumulated_gradient(
                 sequence_logprob(frozen),
                 accumulation=None if name == "proma_intra" else accumulation,
                 intra=None if name == "proma_accumulation" else intra,
+                **meshes.named(policy.mesh, params),
             )
-            return gradient_fn(*arguments)
+            return gradient_fn(params, *arguments)
 
-        return _at_once(fused, inner)
+        return _at_once(fused, inner, policy.mesh)
+    one_by_one = functools.partial(_one_by_one, mesh=policy.mesh)
     accumulated = proma.accumulate(inner, microbatches, **dataclasses.asdict(accumulation))
     projected = proma.project_intra(**dataclasses.asdict(intra))
     match name:
         case "reinforce":
-            return _one_by_one(loss_gradient(reinforce_loss), plainly_accumulated(inner))
+            return one_by_one(loss_gradient(reinforce_loss), plainly_accumulated(inner))
         case "grpo" | "grpo_matched":
-            return _one_by_one(loss_gradient(clipped_loss), plainly_accumulated(inner))
+            return one_by_one(loss_gradient(clipped_loss), plainly_accumulated(inner))
         case "proma_accumulation":
-            return _one_by_one(score_gradient, accumulated)
+            return one_by_one(score_gradient, accumulated)
         case "proma_intra":
-            return _one_by_one(score_gradient, optax.chain(projected, plainly_accumulated(inner)))
+            return one_by_one(score_gradient, optax.chain(projected, plainly_accumulated(inner)))
         case "proma_both":
-            return _one_by_one(score_gradient, optax.chain(projected, accumulated))
+            return one_by_one(score_gradient, optax.chain(projected, accumulated))
 
 
 def _one_by_one(
     gradient: Callable[[nnx.State, Microbatch, nnx.State], tuple[nnx.State, dict[str, Any]]],
     optimizer: optax.GradientTransformationExtraArgs,
+    mesh: jax.sharding.Mesh | None,
 ) -> Method:
     """Hands the gradient of each microbatch to an optimizer that moves at the last.
 
@@ -215,6 +221,7 @@ def _one_by_one(
         gradient: (params, microbatch, frozen) to its loss gradient and the optimizer's extra
             arguments.
         optimizer: accumulates the gradients.
+        mesh: over which parameters and state stay spread.
     """
 
     def step(params, opt_state, minibatch, frozen):
@@ -223,7 +230,8 @@ def _one_by_one(
             grads, extra = gradient(params, microbatch, frozen)
             updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
             removed = {name: optax.tree.get(opt_state, name, 0.0) for name in FRACTIONS}
-            return (optax.apply_updates(params, updates), opt_state), removed
+            params = optax.apply_updates(params, updates)
+            return meshes.kept_spread(mesh, (params, opt_state)), removed
 
         (params, opt_state), removed = jax.lax.scan(accumulate, (params, opt_state), minibatch)
         return params, opt_state, removed
@@ -238,12 +246,17 @@ class AtOnceState(NamedTuple):
     steps: jax.Array
 
 
-def _at_once(gradient_fn: Callable[..., Any], inner: optax.GradientTransformation) -> Method:
+def _at_once(
+    gradient_fn: Callable[..., Any],
+    inner: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh | None,
+) -> Method:
     """Hands the gradient of all microbatches together to the optimizer.
 
     Args:
         gradient_fn: (frozen, params, rollouts, coefficients, step) to the gradient and its metrics.
         inner: the optimizer.
+        mesh: over which parameters and state stay spread.
     """
 
     def init(params):
@@ -253,10 +266,7 @@ def _at_once(gradient_fn: Callable[..., Any], inner: optax.GradientTransformatio
         grads, metrics = gradient_fn(frozen, params, *minibatch, opt_state.steps)
         updates, state = inner.update(grads, opt_state.inner, params)
         removed = {name: getattr(metrics, name) for name in FRACTIONS}
-        return (
-            optax.apply_updates(params, updates),
-            AtOnceState(state, opt_state.steps + 1),
-            removed,
-        )
+        after = optax.apply_updates(params, updates), AtOnceState(state, opt_state.steps + 1)
+        return *meshes.kept_spread(mesh, after), removed
 
     return Method(init, step)

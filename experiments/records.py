@@ -244,19 +244,23 @@ class Run:
         return self._manager.latest_step()
 
     def restore(self, state: State) -> State:
-        """The checkpointed state, or `state` if there is none, all of it on the first device.
+        """The checkpointed state, or `state` if there is none.
 
-        A restored array is committed to its device, and a new one is not: for a mixture of both
+        A restored array is committed to its devices, and a new one is not: for a mixture of both
         `jax.jit` would compile once, and again for its own results, which are all committed.
 
         Args:
-            state: the state to start from; also says the structure and dtypes.
+            state: the state to start from; also says the structure, the dtypes and on which devices
+                each array goes: those that it is committed to, by default the first.
 
         Raises:
             files.Failure: the checkpoint is damaged or does not fit `state`.
         """
         step = self.step
-        state = jax.device_put(state, jax.devices()[0])
+        first = jax.devices()[0]
+        state = jax.tree.map(
+            lambda x: x if getattr(x, "committed", False) else jax.device_put(x, first), state
+        )
         if step is None:
             return state
         checkpoint = self._checkpoints / str(step)

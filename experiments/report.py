@@ -14,6 +14,7 @@ from rich import box, console, progress, table, text
 from experiments import (
     configs,
     loggers,
+    meshes,
     methods,
     records,
     sampling,
@@ -43,8 +44,12 @@ class Settings(Protocol):
     def training(self) -> configs.TrainingConfig: ...
 
 
-def settings(of: Settings, learning_rates: Sequence[float] = ()) -> None:
-    """Prints the settings that the results hang on, with the learning rates of a sweep."""
+def settings(
+    of: Settings,
+    learning_rates: Sequence[float] = (),
+    mesh: jax.sharding.Mesh | None = None,
+) -> None:
+    """Prints the settings that the results hang on, with a sweep's learning rates; the devices."""
     config, method, shape = (
         of.training,
         of.training.method,
@@ -65,7 +70,10 @@ def settings(of: Settings, learning_rates: Sequence[float] = ()) -> None:
         f"{method.max_gradient_norm:g}; GRPO: clip {method.clip:g}; PROMA: shrinkage "
         f"{method.shrinkage:g}; accumulation: ridge {method.ridge:g}, relative bound "
         f"{method.relative_bound}, skip fraction {method.skip_fraction:g}; intra: rank "
-        f"{method.rank}",
+        f"{method.rank}\n"
+        f"[bold]Devices[/]  {meshes.described(mesh)}: "
+        f"{meshes.share(mesh, config.microbatch_size)} sequences of a microbatch "
+        "on each",
         highlight=False,
     )
 
@@ -111,6 +119,7 @@ class _Shown:
         self._task = self._bar.add_task(name, total=total, latest="compiling")
         self._latest: dict[str, float] = {}
         self._is_compiled = False
+        self._is_told = False
         self._next_line = -math.inf
 
     def __enter__(self) -> Self:
@@ -147,6 +156,16 @@ class _Shown:
             self._is_compiled = True
         self._line()
 
+    def compiled(self, update: jax.stages.Compiled) -> None:
+        """Says once what memory the update takes, if the compiler counts it."""
+        memory, self._is_told = None if self._is_told else update.memory_analysis(), True
+        if memory is not None:
+            peak, arguments = memory.peak_memory_in_bytes, memory.argument_size_in_bytes
+            say(
+                f"{self._name}: the update takes {in_words(peak)} on each device, "
+                f"{in_words(arguments)} of them for parameters, optimizer state and batch"
+            )
+
     def _line(self) -> None:
         [task] = self._bar.tasks
         now = self._bar.get_time()
@@ -154,6 +173,20 @@ class _Shown:
             self._next_line = now + SECONDS_BETWEEN_LINES
             cells = (str(column(task)).strip() for column in self._columns)
             say("  ".join(filter(None, cells)))
+
+
+def in_words(size: float) -> str:
+    """Bytes in the largest unit that there is one of.
+
+    Example:
+        >>> in_words(1500)
+        '1.465 KiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
 
 
 def say(line: str) -> None:
@@ -166,11 +199,14 @@ def _size(params: nnx.State) -> int:
 
 
 def start(
-    of: Settings, directory: pathlib.Path, stopping: Callable[[], bool]
+    of: Settings,
+    directory: pathlib.Path,
+    stopping: Callable[[], bool],
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[sampling.Policy, nnx.State]:
-    """The start, with the progress of a warm start while it trains."""
+    """The start, with the progress of a warm start while it trains on one device."""
     if of.model.model is not None:
-        policy, params = starts.pretrained(of.model)
+        policy, params = starts.pretrained(of.model, mesh)
         how = f"as it is in {of.model.model}"
     else:
         with _Shown("warm start", None) as shown:
@@ -186,10 +222,12 @@ def start(
             f"greedy validation reward {last['validation']:.2f} after {last['step']} supervised "
             "steps"
         )
-        policy, params = starts.adapted(policy, params, of.model)
+        policy, params = starts.adapted(policy._replace(mesh=mesh), params, of.model)
+    params = meshes.spread(mesh, params)
     size, trained = (_size(state) for state in (params, lora.split(params)[0]))
     adapters = f", {trained:,} of them in adapters, which are trained" if trained < size else ""
-    say(f"Start: {size:,} parameters{adapters}, {how}")
+    held = sum(map(meshes.bytes_held, jax.tree.leaves(params)))
+    say(f"Start: {size:,} parameters{adapters}, {in_words(held)} on each device, {how}")
     return policy, params
 
 
@@ -222,6 +260,7 @@ def train(
             directory,
             on_open=on_open,
             on_row=on_row,
+            on_compiled=shown.compiled,
             stopping=stopping,
         )
     return shown.directory, rows

@@ -19,7 +19,7 @@ from flax import nnx
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from experiments import checked
+from experiments import checked, meshes
 from experiments.models import decoder, tokens
 from experiments.tasks import task
 from proma_jax import policy_gradient as pg
@@ -53,6 +53,7 @@ class Policy(NamedTuple):
         config: how it is sampled from.
         logits_at_a_time: tokens of a sequence whose logits are formed together for their
             log-probabilities; None: all. Fewer take less memory, above all with large vocabularies.
+        mesh: the devices that share its work, None for one.
     """
 
     graphdef: nnx.GraphDef
@@ -61,6 +62,7 @@ class Policy(NamedTuple):
     response_width: int
     config: SamplingConfig = SamplingConfig()
     logits_at_a_time: int | None = None
+    mesh: jax.sharding.Mesh | None = None
 
 
 class Rollouts(NamedTuple):
@@ -273,7 +275,8 @@ def respond(
         copies: responses to each prompt.
 
     Returns:
-        n = p * copies rollouts of the policy's widths, those to one prompt side by side.
+        n = p * copies rollouts of the policy's widths, those to one prompt side by side, whole on
+        every device.
 
     Raises:
         ValueError: a prompt has more tokens than the policy's widest, or none.
@@ -281,8 +284,9 @@ def respond(
     encoded, valid = tokens.padded(policy.tokenizer, prompts, policy.prompt_width)
     cut = policy.prompt_width - _bucket(valid[:, ::-1])
     count = len(prompts) * copies
-    at_a_time = min(at_a_time or count, count)
-    shared = math.gcd(at_a_time, copies)  # of the responses to a prompt, those always together
+    at_a_time = meshes.multiple(policy.mesh, min(at_a_time or count, count))
+    # Of the responses to a prompt, those always together, and on one device.
+    shared = math.gcd(meshes.share(policy.mesh, at_a_time), copies)
     firsts = range(0, count, at_a_time)
     keys = [key] if key is None or len(firsts) == 1 else jax.random.split(key, len(firsts))
     sampled = []
@@ -291,8 +295,7 @@ def respond(
         rollouts = sample(
             policy.graphdef,
             params,
-            encoded[rows, cut:],
-            valid[rows, cut:],
+            *meshes.rows(policy.mesh, (encoded[rows, cut:], valid[rows, cut:])),
             keys[part % len(keys)],
             copies=shared,
             config=policy.config,
@@ -302,10 +305,11 @@ def respond(
         )
         sampled.append(rollouts)
     together = jax.tree.map(lambda *x: jnp.concatenate(x)[:count], *sampled)
-    return together._replace(
+    rollouts = together._replace(
         tokens=jnp.pad(together.tokens, ((0, 0), (cut, 0)), constant_values=policy.tokenizer.pad),
         valid=jnp.pad(together.valid, ((0, 0), (cut, 0))),
     )
+    return meshes.whole(policy.mesh, rollouts)
 
 
 def trimmed(rollouts: Rollouts) -> Rollouts:

@@ -2,9 +2,10 @@
 
 import pathlib
 
+import jax
 from flax import nnx
 
-from experiments import files, sampling, warm_start
+from experiments import files, meshes, sampling, warm_start
 from experiments.models import lora
 from experiments.models.decoder import DecoderConfig
 from experiments.models.settings import ModelConfig
@@ -22,8 +23,10 @@ def decoder_config(
     return huggingface.config_of(model.model)
 
 
-def pretrained(config: ModelConfig) -> tuple[sampling.Policy, nnx.State]:
-    """The policy of a model folder, and its parameters.
+def pretrained(
+    config: ModelConfig, mesh: jax.sharding.Mesh | None = None
+) -> tuple[sampling.Policy, nnx.State]:
+    """The policy of a model folder, and its parameters, spread over a mesh if there is one.
 
     Raises:
         files.Failure: the folder is not one of a model that the decoder can be, or what reads such
@@ -38,7 +41,11 @@ def pretrained(config: ModelConfig) -> tuple[sampling.Policy, nnx.State]:
             f"{error}: install what reads model folders, pip install 'proma-jax[models]'."
         ) from error
     graphdef, params = huggingface.load(
-        config.model, dtype=config.dtype, scan_layers=config.scan_layers, remat=config.remat
+        config.model,
+        dtype=config.dtype,
+        scan_layers=config.scan_layers,
+        remat=config.remat,
+        sharding=None if mesh is None else lambda path, shape: meshes.sharding(mesh, shape),
     )
     policy = sampling.Policy(
         graphdef,
@@ -46,6 +53,7 @@ def pretrained(config: ModelConfig) -> tuple[sampling.Policy, nnx.State]:
         prompt_width=config.prompt_tokens,
         response_width=config.response_tokens,
         logits_at_a_time=config.logits_at_a_time,
+        mesh=mesh,
     )
     return adapted(policy, params, config)
 

@@ -10,6 +10,7 @@ from experiments import (
     command_line,
     figures,
     files,
+    meshes,
     preemption,
     records,
     report,
@@ -54,6 +55,7 @@ class Command:
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
     training: TrainingConfig = TrainingConfig()
     loggers: Annotated[LoggersConfig, Unprefixed] = LoggersConfig()
+    devices: Annotated[meshes.MeshConfig, Unprefixed] = meshes.MeshConfig()
 
     def __post_init__(self):
         if (self.match is not None) != (self.method == "grpo_matched"):
@@ -66,6 +68,7 @@ class Command:
                 f"save_model={self.save_model} needs the folder of a pretrained model, "
                 f"model={self.model.model}"
             )
+        self.training.check_on(self.devices)
         self.run_config()
 
     def run_config(self) -> RunConfig:
@@ -87,14 +90,14 @@ class Command:
 
 def main(command: Command) -> None:
     """Runs the command."""
-    config = command.run_config()
+    config, mesh = command.run_config(), command.devices.made()
     directory = command.directory / command.method / f"seed_{command.seed}"
     files.check_writable(directory, command.start_directory)
     if command.save_model is not None:
         starts.check_free(command.save_model)
-    report.settings(config)
+    report.settings(config, mesh=mesh)
     with preemption.handled() as stopping:
-        policy, params = report.start(config, command.start_directory, stopping)
+        policy, params = report.start(config, command.start_directory, stopping, mesh)
         directory, rows = report.train(config, policy, params, directory, stopping, command.loggers)
         report.terminal.print(report.summary({figures.LABELS[command.method]: [rows]}))
         if command.save_model is not None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments import batches, divergence, methods, records, sampling, validation
+from experiments import batches, divergence, meshes, methods, records, sampling, validation
 from experiments.configs import RunConfig, TrainingConfig
 from experiments.models import lora
 
@@ -41,6 +41,7 @@ def train(
     *,
     on_open: Callable[[records.Run, bool], None] = lambda run, finished: None,
     on_row: Callable[[records.Row], None] = lambda row: None,
+    on_compiled: Callable[[jax.stages.Compiled], None] = lambda update: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> list[records.Row]:
     """Runs one method, or what is left of the run that is there.
@@ -53,6 +54,7 @@ def train(
             other settings is there. One of fewer steps is gone on with.
         on_open: called with the run's records, and whether it is finished.
         on_row: called with each new row of metrics.
+        on_compiled: called before each step with the compiled `update`.
         stopping: called after each optimizer step and each sampling, and while another process
             works on the run; True stops it there.
 
@@ -76,8 +78,10 @@ def train(
     """
     settings = config.training
     policy, method = _prepared(config, policy)
-    # As `Run.restore` does: arrays that are not committed would have more programs compiled.
-    start = jax.device_put(start, jax.devices()[0])
+    if policy.mesh is None:
+        # As `Run.restore` does: arrays that are not committed would have more programs compiled.
+        start = jax.device_put(start, jax.devices()[0])
+    start = meshes.spread(policy.mesh, start)
     _, frozen = lora.split(start)
 
     def validate(params):
@@ -90,7 +94,10 @@ def train(
         )
 
     grows = ("training.steps", "update_norms", "start.max_steps")
-    with records.Run.beside(directory, config, stopping, grows=grows) as run:
+    with (
+        meshes.used(policy.mesh),
+        records.Run.beside(directory, config, stopping, grows=grows) as run,
+    ):
         rows = run.rows()
         finished = run.step == settings.steps
         on_open(run, finished)
@@ -124,7 +131,7 @@ def train(
             for step, minibatch in enumerate(batch.minibatches, first + 1):
                 if step <= done:
                     continue
-                state, row = _step(method, state, minibatch, frozen, meter)
+                state, row = _step(method, state, minibatch, frozen, meter, on_compiled)
                 row = {"step": step, **batch.described, **row}
                 if step % settings.validation_every == 0 or step == settings.steps:
                     row |= validate(nnx.merge_state(state.params, frozen))
@@ -162,14 +169,11 @@ def _fresh(
     config: RunConfig, policy: sampling.Policy, method: methods.Method, start: nnx.State
 ) -> State:
     """A run's state before its first step."""
-    settings = config.training
+    sequences = config.training.prompts * config.training.group_size
     params, _ = lora.split(start)
-    return State(
-        params=params,
-        opt_state=method.init(params),
-        cumulative_kl=jnp.float32(0),
-        rollouts=sampling.no_rollouts(policy, settings.prompts * settings.group_size),
-    )
+    params, opt_state = meshes.spread(policy.mesh, (params, method.init(params)))
+    others = jnp.float32(0), sampling.no_rollouts(policy, sequences)
+    return State(params, opt_state, *meshes.whole(policy.mesh, others))
 
 
 def _without_early_validation(row: records.Row, settings: TrainingConfig) -> records.Row:
@@ -189,10 +193,11 @@ def _step(
     minibatch: methods.Microbatch,
     frozen: nnx.State,
     meter: divergence.Meter,
+    on_compiled: Callable[[jax.stages.Compiled], None],
 ) -> tuple[State, dict[str, float]]:
     """One optimizer step, and what there is to say about it."""
     arguments = method.step, state.params, state.opt_state, minibatch, frozen
-    update.lower(*arguments).compile()  # at the first step only, and not timed
+    on_compiled(update.lower(*arguments).compile())  # at the first step only, and not timed
     began = time.perf_counter()
     params, opt_state, lengths = jax.block_until_ready(update(*arguments))
     seconds = time.perf_counter() - began

@@ -44,9 +44,10 @@ def test_a_run_is_shown_in_lines_where_there_is_no_terminal(shown, tmp_path, mon
     assert lines[2].startswith("warm start  1/?  loss ")
     assert lines[3].endswith(" s/step")
     assert lines[52].startswith("Start: 1,824 parameters, ")
-    begun, compiling, first, second, third, last = lines[53:]
+    begun, compiling, memory, first, second, third, last = lines[53:]
     assert begun == f"reinforce, seed 0: begun, in {tmp_path / 'run'}"
     assert compiling == "reinforce, seed 0  0/4  compiling"
+    assert memory.startswith("reinforce, seed 0: the update takes ")
     assert first.startswith("reinforce, seed 0  1/4  score ")
     assert "s/step" not in first
     assert second.endswith(" left")

@@ -3,7 +3,8 @@
 What the policy after a step says of the rollouts is what the policy before the next one says of
 them, and what the start says serves the whole batch. So each goes over the rollouts once, and the
 hidden states that its head is applied to are kept. Logits, which take more memory with any large
-vocabulary, are formed from them again, of a few sequences at a time.
+vocabulary, are formed from them again, of a few sequences at a time, or of as many tokens as each
+device forms together in training (`logits_at_a_time`).
 """
 
 import functools
@@ -69,6 +70,7 @@ def _see(policy, rollouts, at_a_time, params):
 @functools.partial(jax.jit, static_argnames=("policy", "at_a_time"))
 def _hidden(policy, rollouts, at_a_time, params):
     of_part = functools.partial(sampling.response_hidden, policy, params)
+    at_a_time = _sequences(policy, at_a_time, len(rollouts.mask))
     hidden = _in_parts(policy.mesh, of_part, rollouts, at_a_time)
     return hidden.reshape(-1, *hidden.shape[2:])[: len(rollouts.mask)]
 
@@ -89,14 +91,23 @@ def _divergences(policy, mask, at_a_time, before, after, start):
         return jax.tree.map(lambda mean: mean * mask.sum(), means)
 
     responses = mask, before.hidden, after.hidden, start.hidden
-    sums = _in_parts(policy.mesh, of_part, responses, at_a_time)
+    tokens = jax.tree.map(lambda x: x.reshape(mask.size, *x.shape[2:]), responses)
+    together = _sequences(policy, at_a_time, len(mask)) * mask.shape[1]
+    if policy.logits_at_a_time is not None:
+        devices = meshes.multiple(policy.mesh, 1)
+        together = min(together, policy.logits_at_a_time * devices)
+    sums = _in_parts(policy.mesh, of_part, tokens, together)
     return jax.tree.map(lambda x: x.sum() / mask.sum(), sums)
+
+
+def _sequences(policy, at_a_time, count):
+    """How many sequences are measured together."""
+    return meshes.multiple(policy.mesh, min(at_a_time, _MOST_AT_A_TIME, count))
 
 
 def _in_parts(mesh, of_part, rows, at_a_time):
     """What `of_part` gives of so many rows at a time, the last of them padded; stacked."""
     count = len(jax.tree.leaves(rows)[0])
-    at_a_time = meshes.multiple(mesh, min(at_a_time, _MOST_AT_A_TIME, count))
 
     def in_parts(x):
         padding = ((0, -count % at_a_time), *((0, 0),) * (x.ndim - 1))

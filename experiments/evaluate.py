@@ -23,7 +23,7 @@ class Command:
 
     model: pathlib.Path
     """A Hugging Face folder of a Llama, Qwen2 or Qwen3 model."""
-    task: Annotated[TaskConfig, command_line.Unprefixed] = TaskConfig(task="arithmetic")
+    task: Annotated[TaskConfig, command_line.Unprefixed] = TaskConfig()
     problems: checked.Count | None = None
     """How many of the validation problems, the first ones; None: all."""
     prompt_tokens: checked.Count = 512

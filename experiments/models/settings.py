@@ -28,8 +28,8 @@ class ModelConfig:
     remat: bool = True
     """Whether the backward pass computes activations again, which takes less memory."""
     logits_at_a_time: checked.Count | None = None
-    """Tokens of a sequence whose logits are formed together in training; None: all. Fewer take less
-    memory, above all with large vocabularies."""
+    """Tokens of a sequence whose logits are formed together in training, and of all sequences where
+    KL is measured; None: all. Fewer take less memory, above all with large vocabularies."""
     lora: checked.Count | None = None
     """Rank of low-rank adapters on the linear layers of the blocks, which alone are trained; None:
     all parameters are."""

@@ -167,7 +167,7 @@ REFUSED = [
             "--method proma_intra --start.decoder.no-tied-head --training.method.rank 15",
             "--training.method.rank 15 must be at most 14, ",
         ),
-        (evaluate, "--model m --problems 257", "--problems 257 must be at most 256, "),
+        (evaluate, "--model m --problems 513", "--problems 513 must be at most 512, "),
         (
             train,
             "--method grpo --mesh data=16",

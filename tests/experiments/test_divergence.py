@@ -11,9 +11,10 @@ from proma_jax import policy_gradient as pg
 from tests.experiments import tiny
 
 
-@pytest.mark.parametrize("at_a_time", [2, 5, 8])
-def test_every_step_is_measured_from_the_one_before_it(at_a_time):
+@pytest.mark.parametrize(("at_a_time", "tokens"), [(2, None), (5, 2), (8, None)])
+def test_every_step_is_measured_from_the_one_before_it(at_a_time, tokens):
     policy, start = tiny.START.untrained()
+    policy = policy._replace(logits_at_a_time=tokens)
     prompts = [f"{a}+{b}=" for a, b in ((1, 2), (3, 4), (5, 6), (7, 8), (9, 0))]
     rollouts = sampling.respond(policy, start, prompts, jax.random.key(0))
 

@@ -55,7 +55,8 @@ class DecoderConfig:
     tied: bool = True
     """Whether the embedding table is the head too; else it has a kernel of its own."""
     logits_at_a_time: int | None = None
-    """Tokens of a sequence whose logits are formed together. Default: all of them."""
+    """Tokens of a sequence whose logits are formed together. Default: all of them. If set, the
+    log-probabilities of a bfloat16 decoder are rounded to bfloat16."""
 
     def __post_init__(self):
         if self.heads % self.kv_heads:

@@ -1,7 +1,8 @@
 """What a compiled program does on one device, read off its text.
 
-Everything counts as often as the loops around it run: a loop's number of iterations is the one
-integer that its condition compares with. All branches of a conditional count.
+Everything counts as often as the loops around it run: a loop's number of iterations follows from
+the one integer that its condition compares with and from what is added to its counter. All
+branches of a conditional count.
 
 collectives
     By kind, and the bytes that a device receives if the n devices of a group pass parts around a
@@ -16,16 +17,24 @@ bytes
 
 Example:
     >>> text = '''
-    ... %layer (p: f32[8]) -> f32[8] {
-    ...   %q = f32[8]{0} parameter(0)
-    ...   ROOT %r = f32[8]{0} all-reduce(%q), replica_groups={{0,1,2,3}}
+    ... %is_inside (p: (s32[], f32[8])) -> pred[] {
+    ...   %p = (s32[], f32[8]{0}) parameter(0)
+    ...   %i = s32[] get-tuple-element(%p), index=0
+    ...   %n = s32[] constant(6)
+    ...   ROOT %less = pred[] compare(%i, %n), direction=LT
     ... }
-    ... %is_inside (p: f32[8]) -> pred[] {
-    ...   %n = s32[] constant(3)
+    ... %layer (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+    ...   %p = (s32[], f32[8]{0}) parameter(0)
+    ...   %i = s32[] get-tuple-element(%p), index=0
+    ...   %x = f32[8]{0} get-tuple-element(%p), index=1
+    ...   %two = s32[] constant(2)
+    ...   %next = s32[] add(%i, %two)
+    ...   %sum = f32[8]{0} all-reduce(%x), replica_groups={{0,1,2,3}}
+    ...   ROOT %q = (s32[], f32[8]{0}) tuple(%next, %sum)
     ... }
-    ... ENTRY %main (p: f32[8]) -> f32[8] {
-    ...   %p = f32[8]{0} parameter(0)
-    ...   ROOT %w = f32[8]{0} while(%p), condition=%is_inside, body=%layer
+    ... ENTRY %main (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+    ...   %p = (s32[], f32[8]{0}) parameter(0)
+    ...   ROOT %w = (s32[], f32[8]{0}) while(%p), condition=%is_inside, body=%layer
     ... }
     ... '''
     >>> Program(text).collectives()
@@ -72,6 +81,11 @@ class _Instruction(NamedTuple):
     def operands(self) -> list[str]:
         """The names of what it is applied to."""
         return re.findall(r"%([\w.-]+)", self.arguments)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is an integer constant."""
+        return self.opcode == "constant" and bool(re.match(r"[su]32\[\]", self.type))
 
     @property
     def dims(self) -> list[int]:
@@ -157,14 +171,21 @@ class Program:
                 self._count_runs(callee, times * (self._trips(i) if i.opcode == "while" else 1))
 
     def _trips(self, loop: _Instruction) -> int:
-        """The iterations of a loop; 1 if its condition does not say."""
-        condition = re.findall(r"condition=%?([\w.-]+)", loop.attributes)[0]
-        bounds = [
-            int(i.arguments)
-            for i in self._computations[condition].values()
-            if i.opcode == "constant" and re.match(r"[su]32\[\]", i.type)
-        ]
-        return bounds[0] if len(bounds) == 1 else 1
+        """The iterations of a loop that counts from 0; 1 if its condition does not say."""
+        condition, body = (
+            self._computations[re.findall(rf"\b{name}=%?([\w.-]+)", loop.attributes)[0]]
+            for name in ("condition", "body")
+        )
+        bounds = [i for i in condition.values() if i.is_number]
+        counters = [i for i in condition.values() if i.opcode == "get-tuple-element"]
+        if len(bounds) != 1 or len(counters) != 1:
+            return 1
+        [root] = [i for i in body.values() if i.is_root]
+        number = int(re.findall(r"index=(\d+)", counters[0].attributes)[0])
+        following = body[root.operands[number]]
+        added = [body[name] for name in following.operands if body[name].is_number]
+        step = int(added[0].arguments) if following.opcode == "add" and added else 1
+        return -(-int(bounds[0].arguments) // step)
 
     def _group_size(self, i: _Instruction) -> int:
         """How many devices take part together."""

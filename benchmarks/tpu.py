@@ -7,8 +7,8 @@ memory
     The arguments (parameters and batch), the results, and the compiler's peak beyond the arguments:
     what is live at the worst moment, results included. `temp_size_in_bytes`, which JAX names too,
     is no such figure: for the fused form at Qwen3-0.6B's shapes it is 9.1 GiB, where 6.3 GiB are
-    allocated. The largest arrays at that moment are in the results file. A program that does not
-    fit into the chip's memory is an error, which says by how much.
+    allocated. The largest arrays at that moment are in the results file. Of a program that does
+    not fit into the chip's memory, only the compiler's message is kept, which says by how much.
 work
     Operations, bytes of memory read and written, and bytes received from other devices, loops
     included; see `hlo`. Also by kind of collective.
@@ -55,8 +55,9 @@ _WITHOUT_CHIPS = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-"""Environment variables for libtpu, which otherwise asks the network what machine it is on."""
+"""For libtpu, which else asks the network what machine it is on, and allows one process only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,18 +267,25 @@ def main(command: Command) -> None:
     began = time.monotonic()
     mesh = mesh_of(command)
     case, *arguments = arguments_of(command.case, mesh)
-    results = {}
+    results, misfits = {}, {}
     with jax.set_mesh(mesh):
         for name in command.methods:
             terminal.print(f"Compiling {name} for {command.topology}")
-            results[name] = compile_step(methods.make_step(name, case), arguments)
+            try:
+                results[name] = compile_step(methods.make_step(name, case), arguments)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                misfits[name] = str(error).splitlines()[0]
+                terminal.print(f"{name} does not fit: {misfits[name]}")
     directory = command.directory or pathlib.Path("runs/bench") / command.name
     directory.mkdir(parents=True, exist_ok=True)
     file, drawing = directory / "results.json", directory / "memory.png"
     title = f"{command.name}, for one device"
-    measure.save(file, command, environment.current(), results=results)
-    _draw(results, title, drawing)
-    terminal.print(_table(results, title, _MEMORY), _table(results, "", _WORK))
+    measure.save(file, command, environment.current(), results=results, misfits=misfits)
+    if results:
+        _draw(results, title, drawing)
+        terminal.print(_table(results, title, _MEMORY), _table(results, "", _WORK))
     screen.say_where(file, drawing, began)
 
 

@@ -166,7 +166,7 @@ class Program:
         self._runs[name] += times
         for i in self._computations[name].values():
             for callee in i.called:
-                if i.opcode == "fusion":
+                if i.opcode in ("fusion", "async-start"):
                     self._fused.add(callee)
                 self._count_runs(callee, times * (self._trips(i) if i.opcode == "while" else 1))
 

@@ -93,6 +93,11 @@ class _Instruction(NamedTuple):
         return _arrays(self.type)[0].dims
 
     @property
+    def entries(self) -> int:
+        """Of its result, all arrays together."""
+        return sum(math.prod(array.dims) for array in _arrays(self.type))
+
+    @property
     def called(self) -> list[str]:
         """The computations that it runs."""
         if self.opcode not in _CALLERS:
@@ -212,14 +217,14 @@ class Program:
         [(root_name, root)] = [(name, inside) for name, inside in callee.items() if inside.is_root]
         parts = root.operands if root.opcode == "tuple" else [root_name] * len(results)
         moved = [
-            self._written(callee, part) * array.bytes / max(1, array.entries)
+            self._written(callee, part) / max(1, callee[part].entries) * array.bytes
             for number, (part, array) in enumerate(zip(parts, results, strict=True))
             if number not in unwritten
         ]
         for name, inside in callee.items():
             if inside.opcode == "parameter" and inside.arguments not in unread:
-                arrays = _arrays(operands[int(inside.arguments)])
-                moved += [self._read(callee, name) * a.bytes / max(1, a.entries) for a in arrays]
+                size = sum(array.bytes for array in _arrays(operands[int(inside.arguments)]))
+                moved.append(self._read(callee, name) / max(1, inside.entries) * size)
         return round(sum(moved))
 
     def _read(self, computation: dict[str, _Instruction], name: str) -> int:
@@ -229,7 +234,7 @@ class Program:
             for number, operand in enumerate(user.operands):
                 if operand == name:
                     entries += self._read_by(computation, user_name, number)
-        return min(entries, _arrays(computation[name].type)[0].entries)
+        return min(entries, computation[name].entries)
 
     def _read_by(self, computation: dict[str, _Instruction], name: str, number: int) -> int:
         """The entries of its operand of that number that an instruction reads."""
@@ -246,8 +251,8 @@ class Program:
         if number == 0 and i.opcode == "dynamic-update-slice":
             return 0
         if number == 0 and i.opcode in ("dynamic-slice", "slice", "gather"):
-            return _arrays(i.type)[0].entries
-        return _arrays(computation[i.operands[number]].type)[0].entries
+            return i.entries
+        return computation[i.operands[number]].entries
 
     def _written(self, computation: dict[str, _Instruction], name: str) -> int:
         """The entries of a result that a fused computation writes."""
@@ -255,12 +260,12 @@ class Program:
         if i.opcode in _SAME_ENTRIES:
             return self._written(computation, i.operands[0])
         if i.opcode == "dynamic-update-slice":
-            return _arrays(computation[i.operands[1]].type)[0].entries
+            return computation[i.operands[1]].entries
         if i.opcode == "fusion":
             callee = self._computations[i.called[0]]
             [root] = [inside for inside, found in callee.items() if found.is_root]
             return self._written(callee, root)
-        return _arrays(i.type)[0].entries
+        return i.entries
 
 
 class _Array(NamedTuple):
@@ -269,10 +274,6 @@ class _Array(NamedTuple):
     """Bytes, wherever it is."""
     in_memory: bool
     """Whether it is in the device's large memory."""
-
-    @property
-    def entries(self) -> int:
-        return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
@@ -308,7 +309,7 @@ def _received(kind: str, n: int) -> float:
 
 def _multiplications(i: _Instruction, left: list[int], right: list[int]) -> int:
     """Of a dot or a convolution."""
-    result = _arrays(i.type)[0].dims
+    result = i.dims
     if i.opcode == "dot":
         contracted = re.findall(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)[0]
         return math.prod(result) * math.prod(left[d] for d in _numbers(contracted))

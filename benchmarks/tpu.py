@@ -218,9 +218,9 @@ class _Column(NamedTuple):
 
 
 _MEMORY = (
-    _Column("argument_bytes", "arguments GiB", 2**30, has_ratio=False),
+    _Column("argument_bytes", "inputs GiB", 2**30, has_ratio=False),
     _Column("output_bytes", "results GiB", 2**30, has_ratio=False),
-    _Column("beyond_arguments_bytes", "beyond arguments GiB", 2**30),
+    _Column("beyond_arguments_bytes", "beyond inputs GiB", 2**30),
     _Column("cpu_seconds", "compile CPU s", 1),
 )
 _WORK = (

@@ -194,13 +194,16 @@ class Program:
 
     def _group_size(self, i: _Instruction) -> int:
         """How many devices take part together."""
-        if axes := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", i.attributes):
+        if axes := re.search(r"replica_groups=mesh\[([^]]*)\][^{]*\{([^}]*)\}", i.attributes):
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
             return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes[2]))
         if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", i.attributes):
             return int(iota[1])
-        listed = re.search(r"replica_groups=\{\{([\d,]+)\}", i.attributes)
-        return len(_numbers(listed[1])) if listed else self._num_devices
+        if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", i.attributes):
+            return len(_numbers(listed[1]))
+        if "replica_groups=" in i.attributes.replace("replica_groups={}", ""):
+            raise ValueError(f"replica_groups of an unknown form: {i.attributes}")
+        return self._num_devices
 
     def _moved(self, i: _Instruction, computation: dict[str, _Instruction]) -> int:
         """The bytes that an instruction reads and writes."""

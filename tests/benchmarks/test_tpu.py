@@ -32,12 +32,13 @@ Memory Space: other (color=1)
 # A TPU's compiler writes a collective that runs beside other work where it starts, beside what it
 # runs, and where it ends.
 ASYNCHRONOUS = """
-HloModule jit_step, is_scheduled=true, num_partitions=8
+HloModule jit_step, is_scheduled=true, num_partitions=16
 
 %start (x: bf16[4,8]) -> (bf16[4,8], bf16[32,8]) {
   %x = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} parameter(0)
   %all-gather.1 = bf16[32,8]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=9, replica_groups=\
-mesh['axis_0'=1,'axis_1'=8] {'axis_1'}, dimensions={0}, frontend_attributes={chain_id="4"}
+mesh['axis_0'=2,'axis_1'=8], device_ids=([8,2]T(1,0)) {'axis_1'}, dimensions={0}, \
+frontend_attributes={chain_id="4"}
   ROOT %custom-call.1 = (bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, bf16[32,8]{1,0:T(8,128)(2,1)S(1)}) \
 custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
 }
@@ -47,7 +48,8 @@ custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
   %y = bf16[16,2,8]{1,0:T(8,128)(2,1)} parameter(1)
   %z = bf16[2,8,4]{1,0:T(8,128)(2,1)} parameter(2)
   %all-gather.2 = bf16[32,8]{1,0:T(8,128)(2,1)} all-gather(%x.1), channel_id=9, replica_groups=\
-mesh['axis_0'=1,'axis_1'=8] {'axis_1'}, dimensions={0}, frontend_attributes={chain_id="4"}
+mesh['axis_0'=2,'axis_1'=8], device_ids=([8,2]T(1,0)) {'axis_1'}, dimensions={0}, \
+frontend_attributes={chain_id="4"}
   %convolution.1 = f32[16,2,4]{1,0:T(8,128)} convolution(%y, %z), window={size=2 pad=0_0 \
 lhs_dilate=2}, dim_labels=b0f_0io->b0f
   ROOT %tuple = (f32[16,2,4]{1,0:T(8,128)}, bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, bf16[32,8]{1,0:T(8,\

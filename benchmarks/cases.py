@@ -94,8 +94,12 @@ SIZES: dict[Size, Case] = {
         microbatches=2,
     ),
     "qwen3-0.6b": _qwen3(width=1024, layers=28, heads=16, hidden=3072),
-    "qwen3-8b": _qwen3(width=4096, layers=36, heads=32, hidden=12_288, tied=False),
-    "qwen3-32b": _qwen3(width=5120, layers=64, heads=64, hidden=25_600, tied=False),
+    "qwen3-8b": _qwen3(
+        width=4096, layers=36, heads=32, hidden=12_288, tied=False, logits_at_a_time=256
+    ),
+    "qwen3-32b": _qwen3(
+        width=5120, layers=64, heads=64, hidden=25_600, tied=False, logits_at_a_time=256
+    ),
 }
 
 

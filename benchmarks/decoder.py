@@ -19,6 +19,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from proma_jax import policy_gradient as pg
+
 Params = dict[str, Any]
 DtypeName = Literal["float32", "bfloat16"]
 
@@ -52,6 +54,9 @@ class DecoderConfig:
     """Of parameters and activations; the softmaxes are float32."""
     tied: bool = True
     """Whether the embedding table is the head too; else it has a kernel of its own."""
+    logits_at_a_time: int | None = None
+    """Tokens of a sequence whose logits are formed together. Default: all of them. If set, the
+    log-probabilities of a bfloat16 decoder are rounded to bfloat16."""
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -169,7 +174,13 @@ def token_logprobs(config: DecoderConfig, params: Params, tokens: jax.Array) -> 
         for layer in params["layers"]:
             x = block(layer, x)
     x = _rms_norm(x, params["norm"])[..., :-1, :]
-    logits = (x @ (params["embedding"].T if config.tied else params["head"])).astype(jnp.float32)
+    head = params["embedding"].T if config.tied else params["head"]
+    if config.logits_at_a_time:
+        mask = jnp.ones(x.shape[:-1], bool)
+        return pg.chunked_token_logprobs(
+            x, head, tokens[..., 1:], mask, chunk_size=config.logits_at_a_time
+        ).astype(jnp.float32)
+    logits = (x @ head).astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[..., 1:, None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 

@@ -4,13 +4,17 @@ libtpu compiles for named topologies on any machine. Nothing is allocated and no
 are given by their shapes. For each method it says what the compiled program needs on one device:
 
 memory
-    The compiler's peak, beyond the arguments (parameters and batch): what is live at the worst
-    moment, results included. `temp_size_in_bytes`, which JAX names too, is no such figure: for the
-    fused form at Qwen3-0.6B's shapes it is 9.1 GiB, where 6.3 GiB are allocated.
-collectives
-    How often each kind runs, loops included, and the bytes that a device receives; see `hlo`.
+    The arguments (parameters and batch), the results, and the compiler's peak beyond the arguments:
+    what is live at the worst moment, results included. `temp_size_in_bytes`, which JAX names too,
+    is no such figure: for the fused form at Qwen3-0.6B's shapes it is 9.1 GiB, where 6.3 GiB are
+    allocated. The largest arrays at that moment are in the results file. Of a program that does
+    not fit into the chip's memory, only the compiler's message is kept, which says by how much.
+work
+    Operations, bytes of memory read and written, and bytes received from other devices, loops
+    included; see `hlo`. Also by kind of collective.
 compilation
-    Seconds of tracing and lowering, and of the compiler. They are this machine's.
+    Seconds of tracing, lowering and the compiler, and the seconds that the processor's cores
+    worked on it, which other programs on the machine change less.
 
 On a mesh the axes are "data" and "fsdp": sequences are spread over both, kernels and the embedding
 table by their rows over "fsdp". All layers are scanned and rematerialised.
@@ -22,8 +26,8 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +55,9 @@ _WITHOUT_CHIPS = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-"""Environment variables for libtpu, which otherwise asks the network what machine it is on."""
+"""For libtpu, which else asks the network what machine it is on, and allows one process only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +82,8 @@ class Command:
     """Tokens of each sequence. Default: that of the size."""
     microbatches: int | None = None
     """Microbatches in the optimizer step. Default: that of the size."""
+    logits_at_a_time: int | None = None
+    """Tokens of a sequence whose logits are formed together. Default: that of the size."""
     methods: tuple[str, ...] = _METHODS
     """What to compile; see `benchmarks.methods`. The first is what the others are compared with."""
     directory: pathlib.Path | None = None
@@ -98,6 +105,7 @@ class Command:
             remat=True,
             layers=self.layers or case.config.layers,
             vocab=self.vocab or case.config.vocab,
+            logits_at_a_time=self.logits_at_a_time or case.config.logits_at_a_time,
         )
         case = dataclasses.replace(case, config=config)
         return case.with_batch(self.sequences, self.tokens, self.microbatches)
@@ -162,10 +170,9 @@ def arguments_of(case: cases.Case, mesh: Mesh) -> tuple[cases.Case, decoder.Para
 def compile_step(step: Callable[..., Any], arguments: Any) -> dict[str, Any]:
     """Compiles a step and says what it needs."""
     jax.clear_caches()
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     shardings = jax.tree.map(lambda x: x.sharding, arguments[0])
     lowered = jax.jit(step, out_shardings=shardings).lower(*arguments)
-    traced = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, str | bool] = {
             "xla_dump_to": folder,
@@ -173,21 +180,26 @@ def compile_step(step: Callable[..., Any], arguments: Any) -> dict[str, Any]:
             "xla_dump_hlo_pass_re": "NONE",
         }
         compiled = lowered.compile(compiler_options=options)
-        done = time.perf_counter()
+        done, done_cpu = time.perf_counter(), time.process_time()
         reports = sorted(pathlib.Path(folder).glob("*memory-usage-report.txt"))
         largest = largest_arrays(reports[-1].read_text()) if reports else []
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
+    program = hlo.Program(text)
+    collectives = program.collectives()
     return {
-        "trace_seconds": traced - began,
-        "compile_seconds": done - traced,
+        "compile_seconds": done - began,
+        "cpu_seconds": done_cpu - began_cpu,
         "peak_bytes": memory.peak_memory_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "beyond_arguments_bytes": memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
         "largest_arrays": largest,
-        "collectives": {k: t._asdict() for k, t in hlo.collectives(text).items()},
+        "operations": program.operations(),
+        "moved_bytes": program.bytes(),
+        "received_bytes": sum(traffic.bytes for traffic in collectives.values()),
+        "collectives": {kind: traffic._asdict() for kind, traffic in collectives.items()},
     }
 
 
@@ -198,29 +210,44 @@ def largest_arrays(report: str) -> list[str]:
     return [f"{size}: {arrays}" for size, arrays in rows[:_NUM_LARGEST]]
 
 
-def _table(results: dict[str, dict[str, Any]], title: str) -> table.Table:
+class _Column(NamedTuple):
+    key: str
+    header: str
+    unit: float
+    has_ratio: bool = True
+
+
+_MEMORY = (
+    _Column("argument_bytes", "inputs GiB", 2**30, has_ratio=False),
+    _Column("output_bytes", "results GiB", 2**30, has_ratio=False),
+    _Column("beyond_arguments_bytes", "beyond inputs GiB", 2**30),
+    _Column("cpu_seconds", "compile CPU s", 1),
+)
+_WORK = (
+    _Column("operations", "Tflop", 1e12),
+    _Column("moved_bytes", "memory GiB", 2**30),
+    _Column("received_bytes", "received GiB", 2**30),
+)
+
+
+def _table(
+    results: dict[str, dict[str, Any]], title: str, columns: Sequence[_Column]
+) -> table.Table:
+    """Methods by columns, each with its ratio to the first method."""
     baseline = next(iter(results.values()))
     shown = table.Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1))
     shown.add_column("method", no_wrap=True)
-    for header in ("GiB", "ratio", "compile s", "ratio", "received MiB", "ratio"):
-        shown.add_column(header, justify="right", no_wrap=True)
+    for column in columns:
+        for header in (column.header, "ratio")[: 1 + column.has_ratio]:
+            shown.add_column(header, justify="right")
     for name, row in results.items():
         cells = [name]
-        for key, unit, digits in (
-            ("beyond_arguments_bytes", 2**30, 2),
-            ("compile_seconds", 1, 0),
-            ("received", 2**20, 1),
-        ):
-            value, of_first = _value(row, key), _value(baseline, key)
-            cells += [f"{value / unit:.{digits}f}", f"{value / of_first:.2f}" if of_first else "-"]
+        for key, _, unit, has_ratio in columns:
+            cells.append(f"{row[key] / unit:.3g}")
+            if has_ratio:
+                cells.append(f"{row[key] / baseline[key]:.2f}" if baseline[key] else "-")
         shown.add_row(*cells)
     return shown
-
-
-def _value(row: dict[str, Any], key: str) -> float:
-    if key == "received":
-        return sum(kind["bytes"] for kind in row["collectives"].values())
-    return row[key]
 
 
 def _draw(results: dict[str, dict[str, Any]], title: str, file: pathlib.Path) -> None:
@@ -240,18 +267,25 @@ def main(command: Command) -> None:
     began = time.monotonic()
     mesh = mesh_of(command)
     case, *arguments = arguments_of(command.case, mesh)
-    results = {}
+    results, misfits = {}, {}
     with jax.set_mesh(mesh):
         for name in command.methods:
             terminal.print(f"Compiling {name} for {command.topology}")
-            results[name] = compile_step(methods.make_step(name, case), arguments)
+            try:
+                results[name] = compile_step(methods.make_step(name, case), arguments)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                misfits[name] = str(error).splitlines()[0]
+                terminal.print(f"{name} does not fit: {misfits[name]}")
     directory = command.directory or pathlib.Path("runs/bench") / command.name
     directory.mkdir(parents=True, exist_ok=True)
     file, drawing = directory / "results.json", directory / "memory.png"
     title = f"{command.name}, for one device"
-    measure.save(file, command, environment.current(), results=results)
-    _draw(results, title, drawing)
-    terminal.print(_table(results, title))
+    measure.save(file, command, environment.current(), results=results, misfits=misfits)
+    if results:
+        _draw(results, title, drawing)
+        terminal.print(_table(results, title, _MEMORY), _table(results, "", _WORK))
     screen.say_where(file, drawing, began)
 
 

@@ -36,7 +36,7 @@ def in_layout(params, config):
 
 def test_agrees_with_the_experiments_decoder(params):
     shape = dataclasses.asdict(CONFIG)
-    for name in ("scanned", "remat", "dtype", "tied"):
+    for name in ("scanned", "remat", "dtype", "tied", "logits_at_a_time"):
         del shape[name]
     config = ReferenceConfig(vocab_size=shape.pop("vocab"), rope_theta=1e6, **shape)
     reference = Decoder(config, rngs=nnx.Rngs(0))
@@ -85,6 +85,18 @@ def test_layouts_have_equal_gradients(params, scanned, remat):
     found = gradient(config, in_layout(params, config))
     expected = in_layout(gradient(CONFIG, params), config)
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_of_some_tokens_at_a_time_are_those_of_all(tied):
+    config = dataclasses.replace(CONFIG, tied=tied)
+    params = init(config, jax.random.key(0))
+
+    def gradient(config):
+        return jax.jit(jax.value_and_grad(lambda p: decoder.logprob(config, p, TOKENS[0])))(params)
+
+    found = gradient(dataclasses.replace(config, logits_at_a_time=3))
+    chex.assert_trees_all_close(found, gradient(config), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scanned", [False, True])

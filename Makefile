@@ -7,7 +7,7 @@ SHELL := bash
 
 UV_VERSION := 0.13.9
 UV := .uv/bin/uv
-PYTEST := python -m pytest -n 2
+PYTEST := python -m pytest -n 2 --durations 15
 LIBRARY_TESTS := proma_jax tests --ignore tests/experiments --ignore tests/benchmarks \
   -m "not any_version and not campaign" --hypothesis-profile versions
 LOCK := pyproject.toml setup.cfg uv.lock

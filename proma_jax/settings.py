@@ -146,6 +146,19 @@ class Intra:
             )
 
 
+def check_settings(accumulation: Any, intra: Any) -> None:
+    """Raises a ValueError unless each is the settings of its variant, or None."""
+    for name, settings, kind, example in [
+        ("accumulation", accumulation, Accumulation, "Accumulation(relative_bound=0.5)"),
+        ("intra", intra, Intra, "Intra(rank=2)"),
+    ]:
+        if not isinstance(settings, kind | None):
+            raise ValueError(
+                f"{name}={settings!r} must be a proma_jax.{kind.__name__}, such as {example}, or "
+                "None."
+            )
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises a ValueError unless `value` is one of `choices`."""
     if value not in choices:
@@ -234,7 +247,7 @@ def projected_leaves(
 
     Args:
       kinds: path of each leaf and the type of its scores.
-      mask: as in `_mask_leaves`, or None.
+      mask: as in `mask_leaves`, or None.
       updates: pytree of arrays.
       by_default: kinds of scores that are projected without a mask.
       possible: kinds of scores that can be projected.
@@ -244,7 +257,7 @@ def projected_leaves(
     """
     if mask is None:
         return [issubclass(kind, by_default) for _, kind in kinds]
-    chosen = _mask_leaves(mask, updates)
+    chosen = mask_leaves(mask, updates)
     for (path, kind), project in zip(kinds, chosen, strict=True):
         if project and not issubclass(kind, possible):
             name = "None" if kind is type(None) else kind.__name__
@@ -255,7 +268,7 @@ def projected_leaves(
     return chosen
 
 
-def _mask_leaves(mask: Mask, updates: Any) -> list[bool]:
+def mask_leaves(mask: Mask, updates: Any) -> list[bool]:
     """One bool for each leaf of `updates`.
 
     Args:

@@ -56,10 +56,8 @@ def literals(message):
 
 
 def messages():
-    """The messages of errors and warnings, each as its literal parts; docs/tunix.md has its own."""
+    """The messages of errors and warnings, each as its literal parts."""
     for path in (ROOT / "proma_jax").rglob("*.py"):
-        if "tunix" in str(path):
-            continue
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
                 case ast.Raise(exc=ast.Call(func=ast.Name(id="ValueError"), args=[message])):

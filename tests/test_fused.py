@@ -353,6 +353,8 @@ def test_settings_and_parameters_are_checked():
         proma.accumulated_gradient(jnp.sum, accumulator_dtype="int32")
     with pytest.raises(ValueError, match=r"accumulation=True must be a proma_jax\.Accumulation"):
         proma.accumulated_gradient(jnp.sum, accumulation=True)
+    with pytest.raises(ValueError, match=r"intra=Grad.* must be a proma_jax\.Intra, such as"):
+        proma.accumulated_gradient(jnp.sum, intra=proma.project_intra(rank=2))
     with pytest.raises(ValueError, match="logprob_fn=1 must be a function"):
         proma.accumulated_gradient(1)
     with pytest.raises(ValueError, match=r"ridge=-1"):

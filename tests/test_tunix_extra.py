@@ -11,7 +11,7 @@ from proma_jax.tunix import use_proma
 
 def test_without_tunix_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tunix", None)
-    with pytest.raises(ImportError, match=r"pip install 'proma-jax\[tunix\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[tunix\]'"):
         use_proma(object(), accumulation=proma.Accumulation())
 
 

@@ -45,7 +45,7 @@ from proma_jax.capture.program import Program, trace
 from proma_jax.fused.numbers import numbers_of
 from proma_jax.fused.plan import Plan
 from proma_jax.project import core
-from proma_jax.settings import Accumulation, Intra
+from proma_jax.settings import Accumulation, Intra, check_settings
 
 Array = jax.Array
 
@@ -107,12 +107,7 @@ def accumulated_gradient(
     """
     if accumulator_dtype is None or not jnp.issubdtype(accumulator_dtype, jnp.floating):
         raise ValueError(f"{accumulator_dtype=} must be a floating point type, like 'float32'.")
-    for name, settings, kind in [
-        ("accumulation", accumulation, Accumulation),
-        ("intra", intra, Intra),
-    ]:
-        if not isinstance(settings, kind | None):
-            raise ValueError(f"{name}={settings!r} must be a proma_jax.{kind.__name__}, or None.")
+    check_settings(accumulation, intra)
     check_function(logprob_fn)
 
     @jax.jit

@@ -34,15 +34,16 @@ def use_proma(
 
     Raises:
       ImportError: Tunix is not installed.
-      ValueError: both settings are None, or the learner has something that PROMA cannot go with:
-        sequence packing, no microbatches, a checkpoint from amid an optimizer step.
+      ValueError: both settings are None, or one is something else than settings; a mask does not
+        fit the model; or the learner has something that PROMA cannot go with: sequence packing, no
+        microbatches, a checkpoint from amid an optimizer step.
     """
     try:
         import tunix.rl  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "proma_jax.tunix needs Tunix, which the extra 'tunix' installs: "
-            "pip install 'proma-jax[tunix]'"
+            "pip install '.[tunix]' in a clone of proma_jax."
         ) from error
     from proma_jax.tunix.hooks import install
 

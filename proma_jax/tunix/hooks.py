@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import optax
+from flax import nnx
 from tunix.rl.grpo import grpo_learner
 
-from proma_jax.settings import Accumulation, Intra
+from proma_jax.settings import Accumulation, Intra, check_settings, mask_leaves
 from proma_jax.tunix.step import Variant, train_step_fn
 
 
@@ -18,8 +19,10 @@ def install(learner: Any, accumulation: Accumulation | None, intra: Intra | None
     """Does what `use_proma` says."""
     if accumulation is None and intra is None:
         raise ValueError("accumulation and intra are both None: give the settings of one, or both.")
+    check_settings(accumulation, intra)
     _check_learner(learner)
     trainer = learner.rl_cluster.actor_trainer
+    _check_masks(trainer, accumulation, intra)
     k = trainer.config.gradient_accumulation_steps
     if accumulation is not None and k == 1:
         raise ValueError(
@@ -82,6 +85,13 @@ def _check_learner(learner: Any) -> None:
             f"saved amid a step: remove {config.checkpoint_root_directory}/{trainer.train_steps} "
             "to go on from the checkpoint before it."
         )
+
+
+def _check_masks(trainer: Any, *variants: Accumulation | Intra | None) -> None:
+    params = nnx.as_pure(nnx.state(trainer.model, trainer.optimizer.wrt))
+    for settings in variants:
+        if settings is not None and settings.mask is not None:
+            mask_leaves(settings.mask, params)
 
 
 def _log_fractions(trainer: Any, accumulation: Any, intra: Any) -> None:

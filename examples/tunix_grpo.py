@@ -1,6 +1,6 @@
 """GRPO with Tunix, and PROMA in it by one call: a tiny random Qwen3 learns to say even numbers.
 
-    make test-tunix && .venv-tunix/bin/python -m examples.tunix_grpo
+    pip install '.[tunix]' && python -m examples.tunix_grpo  # in an environment of its own
 
 About 60 seconds on 2 CPU cores. Nothing is downloaded: words are the numbers themselves.
 """

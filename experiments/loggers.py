@@ -35,7 +35,7 @@ class LoggersConfig:
             if value and importlib.util.find_spec(package) is None:
                 raise ValueError(
                     f"{extra}={value} needs the package {package}: "
-                    f"pip install 'proma-jax[{extra}]', or '.[{extra}]' in a clone"
+                    f"pip install '.[{extra}]' in the clone"
                 )
 
 

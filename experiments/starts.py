@@ -38,7 +38,7 @@ def pretrained(
         from experiments.models.pretrained_tokens import Pretrained
     except ModuleNotFoundError as error:
         raise files.Failure(
-            f"{error}: install what reads model folders, pip install 'proma-jax[models]'."
+            f"{error}: install what reads model folders, pip install '.[models]' in the clone."
         ) from error
     graphdef, params = huggingface.load(
         config.model,

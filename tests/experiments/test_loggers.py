@@ -153,4 +153,4 @@ def test_a_missing_package_is_named_before_the_run(flags, package, monkeypatch, 
         command_line.read(train.Command, "prog", ["--method", "grpo", *flags.split()])
     error = capsys.readouterr().err
     assert f"error: {flags.split()[0]} " in error
-    assert f"needs the package {package}: pip install 'proma-jax[" in error
+    assert f"needs the package {package}: pip install '.[" in error

@@ -43,8 +43,8 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.experiments  ## compare the methods on integer addition; a CPU will do
-	@echo "Running python -m experiments.compare --preset demo"
-	@.venv/bin/python -m experiments.compare --preset demo
+	@echo "Running python -m experiments.compare --preset demo --processes 2"
+	@.venv/bin/python -m experiments.compare --preset demo --processes 2
 
 sweep: .venv/.experiments  ## run docs/study.md: methods x learning rates x seeds on addition
 	@echo "Running python -m experiments.sweep"

@@ -1,10 +1,12 @@
 """`python -m experiments.compare`: all methods from one start, then the table and the figures."""
 
+import collections
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
+from flax import nnx
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -14,8 +16,11 @@ from experiments import (
     figures,
     files,
     meshes,
+    pool,
     preemption,
+    records,
     report,
+    sampling,
     warm_start,
 )
 from experiments.command_line import Unprefixed
@@ -52,6 +57,9 @@ class Command:
     proma_accumulation run's, which must come before it."""
     seeds: Annotated[tuple[checked.Seed, ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds of prompts, sampling and shuffling; every method runs once with each."""
+    processes: checked.Count = 1
+    """How many runs go on at a time, if more than one each in a process of its own. On a CPU as
+    many as it has cores; processes on one accelerator would have to share its memory."""
     directory: pathlib.Path = pathlib.Path("runs/compare")
     """Where figures and runs go, each to <method>/seed_<seed>, with other settings beside it."""
     start_directory: pathlib.Path = pathlib.Path("runs/warm_start")
@@ -66,6 +74,11 @@ class Command:
     def __post_init__(self):
         checked.check_distinct("methods", self.methods)
         checked.check_distinct("seeds", self.seeds)
+        if self.processes > 1 and self.devices.mesh is not None:
+            raise ValueError(
+                f"processes={self.processes} must be 1 with mesh={self.devices.mesh}, whose devices"
+                " work on one run after the other"
+            )
         self.training.check_on(self.devices)
         self.training.check_with(self.methods, self.task, self.model, self.start)
         order = {method: place for place, method in enumerate(self.methods)}
@@ -89,25 +102,42 @@ def _directory(command: Command, method: MethodName, seed: int) -> pathlib.Path:
     return command.directory / method / f"seed_{seed}"
 
 
+def _cell(
+    command: Command, method: MethodName, seed: int, norms: tuple[float, ...] = ()
+) -> pool.Cell:
+    config = RunConfig(
+        method, seed, command.task, command.model, command.start, command.training, norms
+    )
+    directory = _directory(command, method, seed)
+    return pool.Cell(f"{method}, seed {seed}", directory, config, command.loggers)
+
+
 def _compare(command: Command, stopping: Callable[[], bool]) -> None:
     began = time.monotonic()
     mesh = command.devices.made()
     report.settings(command, mesh=mesh)
-    policy, params = report.start(command, command.start_directory, stopping, mesh)
-    results: figures.Results = {method: [] for method in command.methods}
-    for seed in command.seeds:
-        for method in command.methods:
-            norms: tuple[float, ...] = ()
-            if method == "grpo_matched":
-                norms = update_norms(results["proma_accumulation"][-1])
-            config = RunConfig(
-                method, seed, command.task, command.model, command.start, command.training, norms
-            )
-            directory = _directory(command, method, seed)
-            _, rows = report.train(config, policy, params, directory, stopping, command.loggers)
-            results[method].append(rows)
+    start = report.start(command, command.start_directory, stopping, mesh)
+    cells = collections.deque(
+        _cell(command, method, seed)
+        for seed in command.seeds
+        for method in command.methods
+        if method != "grpo_matched"
+    )
+    if command.processes == 1:
+        work = _one_by_one(cells, start, stopping)
+    else:
+        work = _side_by_side(command, cells, stopping)
+    found = {}
+    for cell, rows in work:
+        method, seed = cell.config.method, cell.config.seed
+        found[method, seed] = rows
+        if method == "proma_accumulation" and "grpo_matched" in command.methods:
+            cells.appendleft(_cell(command, "grpo_matched", seed, update_norms(rows)))
+    results: figures.Results = {
+        method: [found[method, seed] for seed in command.seeds] for method in command.methods
+    }
     named = {figures.LABELS[method]: runs for method, runs in results.items()}
-    report.terminal.print(report.summary(named))
+    report.terminal.print(report.summary(named, command.processes))
     title = f"{command.task.name}, {command.training.microbatches} microbatches per optimizer step"
     drawn = figures.draw(results, title, command.directory / "figures")
     report.terminal.print(
@@ -117,6 +147,34 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
         f"Done in {(time.monotonic() - began) / 60:.1f} minutes.",
         highlight=False,
     )
+
+
+def _one_by_one(
+    cells: collections.deque[pool.Cell],
+    start: tuple[sampling.Policy, nnx.State],
+    stopping: Callable[[], bool],
+) -> Iterator[tuple[pool.Cell, list[records.Row]]]:
+    """Each run and its metrics, worked on by this process; `cells` may grow meanwhile."""
+    while cells:
+        cell = cells.popleft()
+        _, rows = report.train(cell.config, *start, cell.directory, stopping, cell.to)
+        yield cell, rows
+
+
+def _side_by_side(
+    command: Command,
+    cells: collections.deque[pool.Cell],
+    stopping: Callable[[], bool],
+) -> Iterator[tuple[pool.Cell, list[records.Row]]]:
+    """The same, worked on by several processes, which read the start themselves."""
+    count = len(command.methods) * len(command.seeds)
+    report.say(f"{count} runs, {command.processes} at a time, each in a process of its own")
+    for number, (cell, outcome) in enumerate(pool.outcomes(command, cells, stopping), 1):
+        if outcome.not_finite is not None:
+            raise outcome.not_finite
+        how = f"{outcome.seconds:.0f} s" if outcome.seconds else "complete already"
+        report.say(f"{number}/{count}  {cell.name}: {how}, in {outcome.directory}")
+        yield cell, records.read_metrics(outcome.directory)
 
 
 if __name__ == "__main__":

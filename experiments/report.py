@@ -283,18 +283,20 @@ def _values(rows: Sequence[records.Row], key: str) -> list[float]:
     return [row[key] for row in rows if key in row]
 
 
-def summary(results: Mapping[str, list[list[records.Row]]]) -> table.Table:
+def summary(results: Mapping[str, list[list[records.Row]]], processes: int = 1) -> table.Table:
     """The table of results: means over the seeds and, below them, their standard deviations.
 
     Args:
         results: by the name to show, the metrics of runs, one per seed.
+        processes: how many runs went on at a time.
     """
     seeds = max(len(runs) for runs in results.values())
+    timed = f", timed while {processes} runs went on side by side" if processes > 1 else ""
     shown = table.Table(
         title=f"Results of {seeds} seeds: mean, ± standard deviation" if seeds > 1 else "Results",
         caption="score: mean greedy reward on held-out problems; step KL: mean over the steps of "
         "KL(before ‖ after); start KL: KL(last policy ‖ start); KL and entropy in nats per token; "
-        "update norm, removed fraction: mean; seconds of an update: median",
+        f"update norm, removed fraction: mean; seconds of an update: median{timed}",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=0,

@@ -1,34 +1,18 @@
-"""`python -m experiments.sweep`: methods x learning rates x seeds from one start, then the figures.
-
-Each cell is an ordinary run in a folder of its own, which `training.train` goes on with or, if it
-is finished, takes as it is: that is all there is to resuming. The cells are worked on by processes
-that are started anew, so that no two share a JAX; they end with the one that started them, however
-that ends.
-"""
+"""`python -m experiments.sweep`: methods x learning rates x seeds from one start, and figures."""
 
 import ast
-import contextlib
+import collections
 import dataclasses
-import functools
 import itertools
-import logging
-import multiprocessing
-import os
 import pathlib
-import signal
-import threading
 import time
 import typing
-from collections.abc import Callable, Iterator
-from concurrent import futures
+from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import synchronize
 from statistics import fmean
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import jax
 import pydantic
-from flax import nnx
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -37,11 +21,9 @@ from experiments import (
     command_line,
     files,
     plot,
+    pool,
     preemption,
-    records,
     report,
-    sampling,
-    training,
     warm_start,
 )
 from experiments.command_line import Unprefixed
@@ -106,12 +88,12 @@ class Command:
         checked.check_distinct("seeds", self.seeds)
         self.cells()
 
-    def cells(self) -> "list[Cell]":
+    def cells(self) -> list[pool.Cell]:
         """The runs of the sweep, those of one seed after those of another."""
         grid = itertools.product(self.seeds, self.learning_rates, self.variants)
         return [self._cell(variant, rate, seed) for seed, rate, variant in grid]
 
-    def _cell(self, variant: str, rate: float, seed: int) -> "Cell":
+    def _cell(self, variant: str, rate: float, seed: int) -> pool.Cell:
         method, changes = _parsed(variant)
         try:
             settings = dataclasses.replace(
@@ -131,31 +113,11 @@ class Command:
             self.start,
             dataclasses.replace(self.training, method=settings),
         )
-        return Cell(
+        return pool.Cell(
             name=f"{variant}, lr {rate:g}, seed {seed}",
             directory=self.directory / variant / f"lr_{rate}" / f"seed_{seed}",
             config=config,
         )
-
-
-class Cell(NamedTuple):
-    """One run of a sweep."""
-
-    name: str
-    directory: pathlib.Path
-    config: RunConfig
-
-
-class Outcome(NamedTuple):
-    """What a process says of a cell.
-
-    Attributes:
-        directory: where the run is.
-        seconds: that this process worked on it; 0 if it was complete already.
-    """
-
-    directory: pathlib.Path
-    seconds: float
 
 
 def _parsed(variant: str) -> tuple[MethodName, dict[str, Any]]:
@@ -191,7 +153,7 @@ def main(command: Command) -> None:
         _sweep(command, cells, stopping)
 
 
-def _sweep(command: Command, cells: list[Cell], stopping: Callable[[], bool]) -> None:
+def _sweep(command: Command, cells: list[pool.Cell], stopping: Callable[[], bool]) -> None:
     began = time.monotonic()
     report.settings(command, command.learning_rates)
     report.start(command, command.start_directory, stopping)
@@ -202,7 +164,7 @@ def _sweep(command: Command, cells: list[Cell], stopping: Callable[[], bool]) ->
     )
     saved: list[plot.Saved] = []
     seconds: list[float] = []
-    for cell, outcome in _outcomes(command, cells, stopping):
+    for cell, outcome in pool.outcomes(command, collections.deque(cells), stopping):
         saved.append(plot.read(outcome.directory))
         how = "complete already"
         if outcome.seconds:
@@ -217,94 +179,6 @@ def _sweep(command: Command, cells: list[Cell], stopping: Callable[[], bool]) ->
         f"seed_<seed>, unless said above\nFigures: {', '.join(map(str, drawn))}\n"
         f"Done in {(time.monotonic() - began) / 60:.1f} minutes."
     )
-
-
-def _outcomes(
-    command: Command, cells: list[Cell], stopping: Callable[[], bool]
-) -> Iterator[tuple[Cell, Outcome]]:
-    """Each cell when it is done, worked on by processes that are asked to stop if this one is.
-
-    Raises:
-        files.Failure: a cell cannot be worked on; or a process ended by itself.
-        records.Preempted: `stopping` said so; what was done is saved.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.plot", "experiments.training"])
-    stop = context.Event()
-    done = 0
-    with futures.ProcessPoolExecutor(command.processes, context, _prepare, (stop,)) as pool:
-        try:
-            work = {pool.submit(_run, command, cell): cell for cell in cells}
-            left = set(work)
-            while left:
-                ended, left = futures.wait(left, 0.2, futures.FIRST_COMPLETED)
-                if stopping():
-                    raise records.Preempted(
-                        f"Preempted with {done} of {len(cells)} runs complete. The same command "
-                        "goes on from there."
-                    )
-                for future in ended:
-                    done += 1
-                    yield work[future], future.result()
-        except futures.BrokenExecutor as error:
-            raise files.Failure(
-                "A process of the sweep was killed, perhaps since memory ran out. The same command "
-                "goes on from the checkpoints; --processes says how many work at a time."
-            ) from error
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-_stop: synchronize.Event
-
-
-def _prepare(stop: synchronize.Event) -> None:
-    """Makes a process ready to work on cells."""
-    global _stop
-    _stop = stop
-    for number in (signal.SIGTERM, signal.SIGINT):  # the process that started it says when to stop
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    report.terminal.quiet = True
-    logging.disable()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-@functools.cache
-def _start(command: Command) -> tuple[sampling.Policy, nnx.State]:
-    """What all cells start from, read once by each process; from then on it keeps its programs."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        programs = command.directory.absolute() / "programs"
-        jax.config.update("jax_compilation_cache_dir", str(programs))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return report.start(command, command.start_directory, _stop.is_set)
-
-
-def _run(command: Command, cell: Cell) -> Outcome:
-    """Works on a cell until its run is finished or has numbers that are not finite."""
-    if _stop.is_set():
-        raise records.Preempted
-    began = time.monotonic()
-    opened: list[tuple[pathlib.Path, bool]] = []
-    policy, params = _start(command)
-    with contextlib.suppress(records.NotFinite):
-        training.train(
-            cell.config,
-            policy,
-            params,
-            cell.directory,
-            on_open=lambda run, finished: opened.append((run.directory, finished)),
-            stopping=_stop.is_set,
-        )
-    [(directory, is_finished)] = opened
-    return Outcome(directory, 0.0 if is_finished else time.monotonic() - began)
 
 
 if __name__ == "__main__":

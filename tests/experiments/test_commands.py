@@ -184,6 +184,7 @@ REFUSED = [
         (compare, "--seeds 0 -3", "--seeds -3 must be greater than or equal to 0"),
         (compare, "--seeds 0 0", "--seeds (0, 0) must not name anything twice"),
         (compare, "--methods grpo grpo", "('grpo', 'grpo') must not name anything twice"),
+        (compare, "--processes 2 --mesh data=2", "--processes 2 must be 1 with --mesh data=2"),
         (compare, "--methods grpo_matched", "must name proma_accumulation before grpo_matched"),
         (
             compare,

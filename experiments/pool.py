@@ -1,0 +1,166 @@
+"""Runs worked on side by side, by processes that are started anew, so that no two share a JAX.
+
+Each is an ordinary run in a folder of its own, which `training.train` goes on with or, if it is
+finished, takes as it is: that is all there is to resuming. The processes end with the one that
+started them, however that ends. They keep compiled programs for each other, in `programs` of the
+folder that the runs are in.
+"""
+
+import collections
+import functools
+import logging
+import multiprocessing
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from multiprocessing import synchronize
+from typing import NamedTuple, Protocol
+
+import jax
+from flax import nnx
+
+from experiments import files, loggers, records, report, sampling, training
+from experiments.configs import RunConfig
+
+
+class Command(report.Settings, Protocol):
+    """What runs have in common: the settings of their start, and where things go."""
+
+    @property
+    def processes(self) -> int: ...
+    @property
+    def directory(self) -> pathlib.Path: ...
+    @property
+    def start_directory(self) -> pathlib.Path: ...
+    def __hash__(self) -> int: ...
+
+
+class Cell(NamedTuple):
+    """One run, what to call it, and the loggers that its metrics go to."""
+
+    name: str
+    directory: pathlib.Path
+    config: RunConfig
+    to: loggers.LoggersConfig = loggers.NONE
+
+
+class Outcome(NamedTuple):
+    """What a process says of a cell.
+
+    Attributes:
+        directory: where the run is.
+        seconds: that this process worked on it; 0 if it was complete already.
+        not_finite: why the run ended before its last step, if it did.
+    """
+
+    directory: pathlib.Path
+    seconds: float
+    not_finite: records.NotFinite | None
+
+
+def outcomes(
+    command: Command, cells: collections.deque[Cell], stopping: Callable[[], bool]
+) -> Iterator[tuple[Cell, Outcome]]:
+    """Each cell when it is done, worked on by processes that are asked to stop if this one is.
+
+    Args:
+        command: what the cells have in common, and how many are worked on at a time.
+        cells: taken from its left end. More may be added after any outcome.
+        stopping: True stops the work.
+
+    Raises:
+        files.Failure: a cell cannot be worked on; or a process ended by itself.
+        records.Preempted: `stopping` said so; what was done is saved.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.plot", "experiments.training"])
+    stop = context.Event()
+    done = 0
+    work: dict[futures.Future[Outcome], Cell] = {}
+    with futures.ProcessPoolExecutor(command.processes, context, _prepare, (stop,)) as pool:
+        try:
+            while cells or work:
+                while cells and len(work) < command.processes:
+                    cell = cells.popleft()
+                    work[pool.submit(_run, command, cell)] = cell
+                ended, _ = futures.wait(work, 0.2, futures.FIRST_COMPLETED)
+                if stopping():
+                    raise records.Preempted(
+                        f"Preempted with {done} runs complete. The same command goes on from there."
+                    )
+                for future in ended:
+                    done += 1
+                    yield work.pop(future), future.result()
+        except futures.BrokenExecutor as error:
+            raise files.Failure(
+                "A process was killed, perhaps since memory ran out. The same command goes on from "
+                "the checkpoints; --processes says how many runs go on at a time."
+            ) from error
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+_stop: synchronize.Event
+
+
+def _prepare(stop: synchronize.Event) -> None:
+    """Makes a process ready to work on cells."""
+    global _stop
+    _stop = stop
+    for number in (signal.SIGTERM, signal.SIGINT):  # the process that started it says when to stop
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    report.terminal.quiet = True
+    logging.disable()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@functools.cache
+def _start(command: Command) -> tuple[sampling.Policy, nnx.State]:
+    """What all cells start from, read once by each process; from then on it keeps its programs."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        programs = command.directory.absolute() / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(programs))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return report.start(command, command.start_directory, _stop.is_set)
+
+
+def _run(command: Command, cell: Cell) -> Outcome:
+    """Works on a cell until its run is finished or has numbers that are not finite."""
+    if _stop.is_set():
+        raise records.Preempted
+    began = time.monotonic()
+    policy, params = _start(command)
+    opened: list[tuple[pathlib.Path, bool]] = []
+    not_finite = None
+    with loggers.Loggers(cell.to, cell.config) as logged:
+
+        def on_open(run, finished):
+            opened.append((run.directory, finished))
+            logged.opened(run, finished)
+
+        try:
+            training.train(
+                cell.config,
+                policy,
+                params,
+                cell.directory,
+                on_open=on_open,
+                on_row=lambda row: logged.send(),
+                stopping=_stop.is_set,
+            )
+        except records.NotFinite as error:
+            not_finite = error
+    [(directory, is_finished)] = opened
+    return Outcome(directory, 0.0 if is_finished else time.monotonic() - began, not_finite)

@@ -15,6 +15,7 @@ import pathlib
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from multiprocessing import synchronize
@@ -117,6 +118,8 @@ def _prepare(stop: synchronize.Event) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     report.terminal.quiet = True
     logging.disable()
+    # A program that another process is just writing into the cache is compiled here as well.
+    warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
 
 
 def _end_with_parent() -> None:

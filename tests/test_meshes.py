@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import proma_jax as proma
+from proma_jax import policy_gradient as pg
 from tests import oracles
 from tests.cases import normal
 from tests.oracles import assert_close
@@ -271,6 +272,56 @@ def test_the_fused_form_gives_on_a_mesh_what_one_device_gives(name, axis_type, b
     assert traffic(both) <= by_both * MICROBATCHES * traffic(plain)
     assert traffic(one) <= by_one * MICROBATCHES * traffic(plain)
     assert extra_memory(one, plain) <= 0.05 * extra
+
+
+@pytest.mark.parametrize(
+    ("axis_type", "intra"),
+    [
+        (AxisType.Auto, None),
+        pytest.param(AxisType.Auto, 2, marks=pytest.mark.any_version),
+        pytest.param(AxisType.Explicit, 2, marks=pytest.mark.any_version),
+    ],
+)
+def test_scores_of_a_head_used_in_chunks_are_whole_on_no_device(axis_type, intra):
+    """The fused form makes such a head after the backward pass, from all its dense scores."""
+    width, vocabulary, num_tokens = 64, 1024, 64
+    mask = jnp.ones(num_tokens, int)
+    axes = {"replica": 2, "data": 4}
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(axis_type,) * 2)
+
+    def logprob_fn(params, sequence):
+        x, tokens = sequence
+        h = jnp.tanh(x @ params["w"])
+        return pg.chunked_token_logprobs(h, params["head"], tokens, mask, chunk_size=16).sum()
+
+    def gradient_fn(**options):
+        return proma.accumulated_gradient(
+            logprob_fn,
+            accumulation=proma.Accumulation(),
+            intra=proma.Intra(rank=intra) if intra else None,
+            **options,
+        )
+
+    params = {"w": normal(0, width, width), "head": normal(1, width, vocabulary) / 8}
+    x = normal(2, MICROBATCHES, B, num_tokens, width)
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, vocabulary, x.shape[:-1]))
+    arguments = params, (x, tokens), normal(4, MICROBATCHES, B)
+    grads, metrics = jax.jit(gradient_fn())(*arguments, 0)
+    hints = {"spmd_axis_name": tuple(axes), "param_specs": P("data")}
+    with jax.set_mesh(mesh):
+        by_rows, by_sequence = (
+            NamedSharding(mesh, spec) for spec in (P("data"), P(None, tuple(axes)))
+        )
+        spread = jax.device_put(arguments, (by_rows, by_sequence, by_sequence))
+        on_mesh = gradient_fn(**(hints if axis_type == AxisType.Auto else {}))
+        step = compile_step(on_mesh, *spread, 0)
+        found, of_found = step(*spread, 0)
+    assert_close(found, grads, 2e-5)
+    assert_close(of_found, metrics, 1e-4)
+    assert_spread_like(found, spread[0])
+    dense = B * width * vocabulary
+    assert step.memory_analysis().temp_size_in_bytes < 4 * dense
+    assert traffic(step) < 2 * MICROBATCHES * dense
 
 
 def test_explicit_axes_are_described_and_checked():

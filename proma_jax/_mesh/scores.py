@@ -151,6 +151,11 @@ def spread_scores(
     layout = layout_of(
         leaf, _sequences(scores), scores.view.apply, scores.num_layer_axes, batch_axes, spec
     )
+    return with_layout(scores, layout)
+
+
+def with_layout(scores: ScoreLeaf, layout: Layout | None) -> ScoreLeaf:
+    """Scores that know their layout, if there is one."""
     return scores if layout is None else SpreadScores(scores, None, layout)
 
 

@@ -269,8 +269,15 @@ class Program:
     def dense_leaf(self, leaf: int, gradient: Array) -> DenseScores:
         """A dense leaf's scores for one sequence."""
         view = self.view(leaf)
-        num_layer_axes = len(self.dense_layers[leaf])
-        return DenseScores(view.apply(gradient), num_layer_axes, view, gradient.dtype)
+        values = view.apply(gradient)
+        return DenseScores(values, self.num_layer_axes(leaf), view, gradient.dtype)
+
+    def num_layer_axes(self, leaf: int) -> int:
+        """How many axes of a leaf, in the layout of its scores, count layers."""
+        if leaf in self.dense_layers:
+            return len(self.dense_layers[leaf])
+        of_leaf = self.parts[leaf]
+        return len(of_leaf[0][1].layer_shape) if len(of_leaf) == 1 else 0
 
     def view(self, leaf: int) -> View:
         """How a leaf is read in the layout of its scores."""

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from proma_jax._mesh.layout import Layout
+from proma_jax._mesh.scores import with_layout
 from proma_jax.capture.program import Program
 from proma_jax.capture.search import Path
 from proma_jax.scores.leaf import ScoreLeaf
@@ -60,7 +62,10 @@ class Group(NamedTuple):
 
 
 def stacked_vectors(
-    scores: dict[int, ScoreLeaf], totals: Sequence[Array], kinds: Sequence[Any]
+    scores: dict[int, ScoreLeaf],
+    totals: Sequence[Array],
+    kinds: Sequence[Any],
+    layouts: dict[int, Layout | None],
 ) -> list[Group]:
     """Puts the many vectors of one size that a model has, as in its norms, into one group each.
 
@@ -71,9 +76,11 @@ def stacked_vectors(
       scores: of some leaves, by their numbers.
       totals: of all leaves.
       kinds: for each of the scores what keeps it apart from others.
+      layouts: how the scores are spread over a mesh.
 
     Returns:
-      Groups of vectors of one size and kind; every other leaf is a group of its own.
+      Groups of vectors of one size and kind; every other leaf is a group of its own, whose scores
+      know their layout.
     """
     alike: dict[Any, list[int]] = {}
     for (i, leaf), kind in zip(scores.items(), kinds, strict=True):
@@ -84,7 +91,8 @@ def stacked_vectors(
 
     def group(leaves: list[int]) -> Group:
         if len(leaves) == 1:
-            return Group(leaves, totals[leaves[0]], scores[leaves[0]])
+            leaf = leaves[0]
+            return Group(leaves, totals[leaf], with_layout(scores[leaf], layouts[leaf]))
         values = jnp.stack([scores[i].dense().values for i in leaves], axis=1)
         total = jnp.stack([totals[i] for i in leaves])
         return Group(leaves, total, DenseScores(values, num_layer_axes=1))

@@ -7,7 +7,7 @@ factors of their layers are at hand, and takes care of the leaves that nodes do 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from proma_jax._mesh.arrays import (
 )
 from proma_jax._mesh.axes import Spec, axis_names
 from proma_jax._mesh.layout import Layout, layout_of
-from proma_jax._mesh.scores import SpreadScores
+from proma_jax._mesh.scores import with_layout
 from proma_jax.arithmetic import layer_norms
 from proma_jax.capture.checks import DIFFERENTIATED, noted
 from proma_jax.capture.factors import Reported, assemble, groups, score_leaf
@@ -161,13 +161,17 @@ class Plan:
             logprobs, outputs, carried = mapped(dense, late, coefficients, microbatch)
             return (jnp.sum(logprobs), carried), outputs
 
+        layouts = {
+            i: self._layout(i, totals[i], coefficients, program.num_layer_axes(i))
+            for i in (*program.dense, *self.late)
+        }
         with noted(DIFFERENTIATED), noted(_UNMAPPED, NotImplementedError):
             (logprob, _), pullback, outputs = jax.vjp(
                 value, dense, late, places, zeros, has_aux=True
             )
             dense, late, places, made = pullback((jnp.ones_like(logprob), before))
         totals, norms = automatic(
-            self._collect,
+            functools.partial(self._collect, layouts),
             (totals, None),
             dense,
             late,
@@ -181,6 +185,7 @@ class Plan:
 
     def _collect(
         self,
+        layouts: dict[int, Layout | None],
         dense: dict[int, Array],
         late: dict[Path, Any],
         places: dict[Path, list[Array]],
@@ -202,7 +207,7 @@ class Plan:
             new[leaf] = totals[leaf] + made[leaf]
         scores = late_scores(program, dense, late, {i: self.dtypes[i] for i in sorted(self.late)})
         kinds = [self.leaves[i].accumulates for i in scores]
-        alike = stacked_vectors(scores, totals, kinds)
+        alike = stacked_vectors(scores, totals, kinds, layouts)
         found = self._parts(
             [of_alike.leaves[0] for of_alike in alike],
             [of_alike.total for of_alike in alike],
@@ -246,7 +251,7 @@ class Plan:
             totals: Carried,
             result_grads: Sequence[Array],
         ) -> Any:
-            layouts = [self._layout(slot, totals[slot.leaf], coefficients) for slot in slots]
+            layouts = [self._slot_layout(slot, totals[slot.leaf], coefficients) for slot in slots]
             of_all = functools.partial(self._fold, slots, members, layouts)
             arguments = data, coefficients, layers, numbers, totals, result_grads
             found = automatic(of_all, (None, totals), *arguments)
@@ -259,17 +264,28 @@ class Plan:
         of_members = {path: (None, probe) for path, probe in zip(members, probes, strict=True)}
         return data, of_members, carried | used
 
-    def _layout(self, slot: Slot, total: Array, coefficients: Array) -> Layout | None:
+    def _slot_layout(self, slot: Slot, total: Array, coefficients: Array) -> Layout | None:
         """How the scores of what a node sees of a total are spread."""
-        if not self.leaves[slot.leaf].accumulates:
-            return None
 
         def seen(total: Array) -> Array:
             return slot.seen(total, jnp.asarray(slot.layers[(0,) * len(slot.scans)]))
 
-        axes = axis_names(self.spmd_axis_name)
         num_layer_axes = len(slot.assembly.layer_shape)
-        return layout_of(total, coefficients, seen, num_layer_axes, axes, self.specs[slot.leaf])
+        return self._layout(slot.leaf, total, coefficients, num_layer_axes, seen)
+
+    def _layout(
+        self,
+        leaf: int,
+        total: Array,
+        coefficients: Array,
+        num_layer_axes: int,
+        seen: Callable[[Array], Array] = lambda total: total,
+    ) -> Layout | None:
+        """How the scores of a leaf, or of what is seen of its total, are spread."""
+        if not self.leaves[leaf].accumulates:
+            return None
+        axes = axis_names(self.spmd_axis_name)
+        return layout_of(total, coefficients, seen, num_layer_axes, axes, self.specs[leaf])
 
     def _fold(
         self,
@@ -307,10 +323,7 @@ class Plan:
 
         factors = jax.vmap(one_sequence)(data, list(result_grads))
         made = map(score_leaf, assemblies, factors, groups(assemblies))
-        scores = [
-            of_slot if layout is None else SpreadScores(of_slot, None, layout)
-            for of_slot, layout in zip(made, layouts, strict=True)
-        ]
+        scores = list(map(with_layout, made, layouts))
         of_leaves = [slot.leaf for slot in slots]
         seen = [
             slot.seen(totals[slot.leaf], of_slot)

@@ -16,8 +16,8 @@ Example:
     >>> adapters["blocks"][0]["mlp"]["up_proj"]["adapter"]["a"].shape
     (16, 2)
     >>> graphdef, params = merge(graphdef, nnx.merge_state(adapters, frozen))
-    >>> params["blocks"][0]["mlp"]["up_proj"].keys()
-    dict_keys(['kernel'])
+    >>> list(params["blocks"][0]["mlp"]["up_proj"])
+    ['kernel']
 """
 
 import jax

@@ -28,9 +28,9 @@ def folder(tmp_path, monkeypatch):
     """A folder with the modules and files that the page names."""
     task, reward = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     (tmp_path / "page_task.py").write_text(task)
-    (tmp_path / "page_reward.py").write_text(reward)
+    (tmp_path / "grading.py").write_text(reward)
     (tmp_path / "problems.jsonl").write_text(
-        '{"prompt": "2 + 2 =", "answer": "4"}\n{"prompt": "2 + 3 =", "answer": "5"}\n'
+        10 * '{"prompt": "2 + 2 =", "answer": "4"}\n{"prompt": "2 + 3 =", "answer": "5"}\n'
     )
     (tmp_path / "train.jsonl").write_text(100 * (SAMPLES / "gsm8k.jsonl").read_text())
     monkeypatch.chdir(tmp_path)
@@ -41,7 +41,7 @@ def test_its_tasks_grade(folder):
     grades = graded(capitals, capitals.training, ["TREE", "House", ""])
     assert grades["reward"].tolist() == [1, 0, 0]
     data = TaskConfig(
-        task_options=("validation_problems=1",), data="problems.jsonl", reward="page_reward:reward"
+        task_options=("validation_problems=1",), data="problems.jsonl", reward="grading:reward"
     ).made
     [problem] = data.validation
     assert graded(data, [problem] * 2, ["it is 4 or 5", "6"])["reward"].tolist() == [1, 0]
@@ -49,5 +49,7 @@ def test_its_tasks_grade(folder):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_its_commands_are_taken(command, folder):
-    name, *flags = shlex.split(re.sub(r"--model \S+", f"--model {MODEL}", command))
+    name, *flags = shlex.split(command)
+    if {"--model", "--preset"} & set(flags):
+        flags += ["--model", str(MODEL)]
     command_line.read(importlib.import_module(name).Command, name, flags)

@@ -11,7 +11,7 @@ from experiments.tasks.task import graded
 def test_a_library_that_is_not_installed_is_asked_for(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
     reasoning_gym_task.library.cache_clear()
-    with pytest.raises(files.Failure, match=r"pip install 'proma-jax\[tasks\]'"):
+    with pytest.raises(files.Failure, match=r"pip install '.\[tasks\]'"):
         make_task("reasoning_gym:leg_counting")
 
 

@@ -21,7 +21,6 @@ table by their rows over "fsdp". All layers are scanned and rematerialised.
 """
 
 import dataclasses
-import os
 import pathlib
 import re
 import tempfile
@@ -31,9 +30,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib import figure
@@ -41,7 +38,7 @@ from rich import box, table
 
 from benchmarks import cases, decoder, hlo, measure, methods, screen
 from benchmarks.screen import terminal
-from experiments import environment
+from experiments import chips, environment
 
 _METHODS = (
     "plain_batched",
@@ -51,13 +48,6 @@ _METHODS = (
     "both_10_fused",
 )
 _NUM_LARGEST = 8
-_WITHOUT_CHIPS = {
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-"""For libtpu, which else asks the network what machine it is on, and allows one process only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +103,10 @@ class Command:
     @property
     def name(self) -> str:
         """The case in words."""
-        case, chips = self.case, self.topology.replace(":", "_")
+        case, topology = self.case, self.topology.replace(":", "_")
         batch = f"{case.microbatches}x{case.sequences}x{case.tokens}"
         depth = f"{case.config.layers}layers_vocab{case.config.vocab}"
-        return f"tpu_{self.size}_{depth}_{batch}_{chips}_{self.data}x{self.fsdp}"
+        return f"tpu_{self.size}_{depth}_{batch}_{topology}_{self.data}x{self.fsdp}"
 
 
 def mesh_of(command: Command) -> Mesh:
@@ -125,17 +115,14 @@ def mesh_of(command: Command) -> Mesh:
     Raises:
         ValueError: the topology has too few chips, or cannot be cut so.
     """
-    os.environ.update(_WITHOUT_CHIPS)
-    chips = topologies.get_topology_desc(command.topology, platform="tpu")
-    shape = command.data, command.fsdp
-    if shape == (1, 1):
-        return Mesh(np.array(chips.devices[:1]).reshape(shape), ("data", "fsdp"))
-    if command.data * command.fsdp != len(chips.devices):
+    topology = chips.described(command.topology)
+    count = len(topology.devices)
+    if command.data * command.fsdp not in (1, count):
         raise ValueError(
-            f"data={command.data} times fsdp={command.fsdp} must be the {len(chips.devices)} chips "
+            f"data={command.data} times fsdp={command.fsdp} must be the {count} chips "
             f"of topology={command.topology!r}, or 1."
         )
-    return topologies.make_mesh(chips, shape, ("data", "fsdp"))
+    return chips.mesh(topology, (command.data, command.fsdp))
 
 
 def _spec(path: Any, leaf: Any) -> P:

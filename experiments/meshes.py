@@ -138,9 +138,11 @@ def rows(mesh: Mesh | None, tree: Tree, axis: int = 0) -> Tree:
     return jax.device_put(tree, NamedSharding(mesh, P(*[None] * axis, AXES)))
 
 
-def bytes_held(array: Any) -> int:
-    """Bytes of an array, or of its shape with a sharding, that each device holds."""
-    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+def bytes_held(tree: Any) -> int:
+    """Bytes that each device holds of arrays, or would of their shapes, which have shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
 
 
 def multiple(mesh: Mesh | None, count: int) -> int:

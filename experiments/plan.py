@@ -5,23 +5,21 @@ nothing. With `--topology` libtpu compiles for TPU chips that need not be there.
 """
 
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pydantic.dataclasses import dataclass
 
 from experiments import (
     checked,
+    chips,
     command_line,
     files,
     meshes,
@@ -40,13 +38,6 @@ from experiments.models.decoder import Decoder
 from experiments.models.settings import ModelConfig
 from experiments.models.tokens import Characters
 from experiments.tasks.settings import TaskConfig
-
-_WITHOUT_CHIPS = {
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "TPU_SKIP_MDS_QUERY": "1",
-}
-"""Environment variables for libtpu, which otherwise asks the network what machine it is on."""
 
 
 @dataclass(frozen=True, config=checked.CONFIG)
@@ -79,28 +70,21 @@ class Command:
             files.Failure: there are not so many devices, or no such chips.
         """
         if self.topology is None:
-            return self.devices.made() or _of_one(jax.devices())
-        os.environ.update(_WITHOUT_CHIPS)
+            return self.devices.made() or chips.of_one(jax.devices())
         try:
-            chips = topologies.get_topology_desc(self.topology, platform="tpu")
+            topology = chips.described(self.topology)
         except Exception as error:  # of several types
             raise files.Failure(
                 f"--topology {self.topology} cannot be compiled for: {error}. It needs libtpu, "
                 "pip install 'jax[tpu]', and a name like v5p:2x2x1."
             ) from error
-        found = chips.devices
-        if self.devices.size == 1:
-            return _of_one(found)
-        if self.devices.size != len(found):
+        count = len(topology.devices)
+        if self.devices.size not in (1, count):
             raise files.Failure(
                 f"--mesh {self.devices.mesh} must have as many devices as --topology "
-                f"{self.topology} has chips, {len(found)}, or be left out, for one."
+                f"{self.topology} has chips, {count}, or be left out, for one."
             )
-        return topologies.make_mesh(chips, self.devices.shape, meshes.AXES)
-
-
-def _of_one(devices: Sequence[jax.Device]) -> Mesh:
-    return Mesh(np.array(devices[:1]).reshape(1, 1), meshes.AXES)
+        return chips.mesh(topology, self.devices.shape)
 
 
 class Program(NamedTuple):
@@ -133,7 +117,7 @@ def programs(command: Command, mesh: Mesh) -> Iterator[Program]:
         lambda x: _shape(x, meshes.sharding(mesh, x.shape)),
         (params, frozen, jax.eval_shape(method.init, params)),
     )
-    of_start, of_optimizer = bytes_held(params), bytes_held(opt_state)
+    of_start, of_optimizer = meshes.bytes_held(params), meshes.bytes_held(opt_state)
 
     def spread(made: Callable[[], Any], axis: int) -> Any:
         rows = NamedSharding(mesh, P(*[None] * axis, meshes.AXES))
@@ -201,11 +185,6 @@ def _policy(command: Command, mesh: Mesh) -> tuple[sampling.Policy, nnx.State]:
 
 def _shape(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def bytes_held(tree: Any) -> int:
-    """Bytes that each device holds of arrays, or would of their shapes."""
-    return sum(map(meshes.bytes_held, jax.tree.leaves(tree)))
 
 
 def main(command: Command) -> None:

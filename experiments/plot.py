@@ -224,12 +224,13 @@ def draw(saved: Sequence[Saved], directory: pathlib.Path) -> list[pathlib.Path]:
         files.Failure: the runs cannot be compared.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    found = series(saved)
     drawn = {
         "learning_rates": (
-            _against_rates(series(saved)),
+            _against_rates(found),
             "points are means, bars reach from the least to the most",
         ),
-        "score_against_kl": (_against_kl(series(saved)), "means, a point for each validation"),
+        "score_against_kl": (_against_kl(found), "means, a point for each validation"),
     }
     paths = []
     for name, (one, key) in drawn.items():

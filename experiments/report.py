@@ -226,8 +226,8 @@ def start(
     params = meshes.spread(mesh, params)
     size, trained = (_size(state) for state in (params, lora.split(params)[0]))
     adapters = f", {trained:,} of them in adapters, which are trained" if trained < size else ""
-    held = sum(map(meshes.bytes_held, jax.tree.leaves(params)))
-    say(f"Start: {size:,} parameters{adapters}, {in_words(held)} on each device, {how}")
+    held = in_words(meshes.bytes_held(params))
+    say(f"Start: {size:,} parameters{adapters}, {held} on each device, {how}")
     return policy, params
 
 

@@ -99,6 +99,9 @@ class SpreadScores(ScoreLeaf):
     def gram(self) -> Array:
         return self._used.gram()
 
+    def gram_by_rows(self) -> Array:
+        return self._used.gram_by_rows()
+
     def dots(self, layers: Array) -> Array:
         return self._used.dots(self._like_form(layers))
 

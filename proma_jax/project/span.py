@@ -221,7 +221,7 @@ def unit_products(scores: ScoreLeaf, layers: Array, axis_name: AxisName = None) 
         moderate, sizes = scores.rescaled()
         size = _size(layers, scores.num_layer_axes)
         of_moderate = moderate.dots(_times(wide(layers), 1 / size))
-        return moderate.gram(), of_moderate, jnp.moveaxis(sizes, 0, -1), size
+        return moderate.gram_by_rows(), of_moderate, jnp.moveaxis(sizes, 0, -1), size
 
     def looked_at() -> tuple[Array, ...]:
         """Products of zero scores, or with a G of zero, are right as they are."""

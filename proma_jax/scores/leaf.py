@@ -82,6 +82,10 @@ class ScoreLeaf:
         """(*layers, b, b) inner products of the scores."""
         raise NotImplementedError
 
+    def gram_by_rows(self) -> Array:
+        """`gram`, in a program that compiles fast and may run slowly, where it is rarely run."""
+        return self.gram()
+
     def dots(self, layers: Array) -> Array:
         """(*layers, b) inner products with an array of the scores' layout."""
         raise NotImplementedError
@@ -136,6 +140,10 @@ class ScoreLeaf:
 
     def _one_layer_shape(self) -> tuple[int, ...]:
         raise NotImplementedError
+
+    def _in_layers(self, weights: Array) -> Array:
+        """(*layers, b) of weights (b,) or (*layers, b)."""
+        return jnp.broadcast_to(wide(weights), (*self.layer_shape, self.batch_size))
 
     def _layers_first(self, name: str) -> Array:
         """The field as (*layers, b, ...)."""

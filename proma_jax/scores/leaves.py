@@ -29,8 +29,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from proma_jax.arithmetic import contract, divide, wide
-from proma_jax.scores.leaf import ScoreLeaf, View, weighted
+from proma_jax.arithmetic import contract, divide, wide, wide_dtype
+from proma_jax.scores import products
+from proma_jax.scores.leaf import ScoreLeaf, View
 
 Array = jax.Array
 
@@ -67,24 +68,19 @@ class DenseScores(ScoreLeaf):
 
     def gram(self) -> Array:
         values, n = self._layers_first("values"), self._features
+        if len(n) == 2:
+            return products.gram_of_matrices(values)
         return contract(f"...i{n},...j{n}->...ij", values, values)
+
+    def gram_by_rows(self) -> Array:
+        return jnp.moveaxis(jax.lax.map(self.dots, self.values), 0, -2)
 
     def dots(self, layers: Array) -> Array:
         n = self._features
         return contract(f"...b{n},...{n}->...b", self._layers_first("values"), layers)
 
     def weighted_sum(self, weights: Array) -> Array:
-        """As of any scores, by one matrix product.
-
-        A second sum, over the scores with weights that are not finite, tells where it is NaN. Its
-        own weights differ, so that opposite scores do not cancel in it.
-        """
-        n, weights = self._features, wide(weights)
-        finite = jnp.isfinite(weights)
-        marks = 1 + jax.lax.broadcasted_iota(weights.dtype, weights.shape, weights.ndim - 1)
-        both = jnp.stack([jnp.where(finite, weights, 0), jnp.where(finite, 0, marks)])
-        total, marked = contract(f"...b{n},k...b->k...{n}", self._layers_first("values"), both)
-        return jnp.where(jnp.abs(marked) > 0, jnp.nan, total)
+        return products.sum_of_scores(self._layers_first("values"), self._in_layers(weights))
 
     def dense(self) -> DenseScores:
         return self
@@ -194,8 +190,10 @@ class LayerFactors(ScoreLeaf):
         return jnp.sum(moved * wide(self.tokens("output_grads")), axis=(-2, -1))
 
     def weighted_sum(self, weights: Array) -> Array:
-        grads = weighted(weights, self.tokens("output_grads"), self.num_layer_axes)
-        return contract("...bti,...bto->...io", self.tokens("inputs"), grads)
+        x, d = self.tokens("inputs"), self.tokens("output_grads")
+        is_narrow = wide_dtype(x.dtype) != x.dtype == d.dtype and self.dense_costs_less
+        form = products.sum_of_narrow_products if is_narrow else products.sum_of_products
+        return form(x, d, self._in_layers(weights))
 
     def dense(self) -> DenseScores:
         x, d = self.tokens("inputs"), self.tokens("output_grads")

@@ -1,5 +1,7 @@
 """Every kind of score leaf against the explicit scores it stands for."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 
 import proma_jax as proma
 from proma_jax.arithmetic import contract
+from proma_jax.scores import products
 from proma_jax.scores.leaf import gradient_dtype, map_layers
 from proma_jax.scores.match import match_scores
 from tests import oracles
@@ -125,6 +128,18 @@ def case(request):
     return request.param(np.random.default_rng(0))
 
 
+@pytest.fixture(params=["cpu", "accelerator"])
+def device(request, monkeypatch):
+    """The form of the products that a CPU takes, and that of other devices, computed here."""
+    if request.param == "accelerator":
+        monkeypatch.setattr(products, "_BLOCK", 4)
+
+        def of_accelerator(*arguments, default, cpu=None, tpu=None):
+            return (tpu or default)(*arguments)
+
+        monkeypatch.setattr(jax.lax, "platform_dependent", of_accelerator)
+
+
 def flat(explicit, leaf):
     """(*layers, b, n)."""
     layers = leaf.num_layer_axes
@@ -132,15 +147,23 @@ def flat(explicit, leaf):
     return np.moveaxis(rows, 0, layers)
 
 
-def test_the_three_operations_match_the_explicit_scores(case):
+@pytest.mark.usefixtures("device")
+def test_the_operations_match_the_explicit_scores(case):
     leaf, explicit = case
     rng, rows = np.random.default_rng(1), flat(explicit, leaf)
     array = normal(rng, *explicit.shape[1:])
     weights = normal(rng, *leaf.layer_shape, B)
     flat_array = np.float64(array).reshape(*leaf.layer_shape, -1)
-    operations = jax.jit(lambda leaf: (leaf.gram(), leaf.dots(array), leaf.weighted_sum(weights)))
+    operations = jax.jit(
+        lambda leaf: (
+            leaf.gram(),
+            leaf.gram_by_rows(),
+            leaf.dots(array),
+            leaf.weighted_sum(weights),
+        )
+    )
     expected = (
-        np.einsum("...in,...jn->...ij", rows, rows),
+        *[np.einsum("...in,...jn->...ij", rows, rows)] * 2,
         np.einsum("...bn,...n->...b", rows, flat_array),
         np.einsum("...b,...bn->...n", np.float64(weights), rows).reshape(array.shape),
     )
@@ -148,6 +171,35 @@ def test_the_three_operations_match_the_explicit_scores(case):
         for actual, want in zip(operations(form), expected, strict=True):
             assert actual.dtype == jnp.float32
             np.testing.assert_allclose(actual, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_shows_where_its_score_is_not_zero(poison):
+    rows = jnp.asarray([[1.0, 0.0, 2.0, 0.0], [-1.0, 3.0, -2.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    weights = jnp.asarray([poison, poison, 2.0])
+    factors = jnp.ones((B, 70, 1)), jnp.broadcast_to(rows[:, None], (B, 70, 4))
+    kernel = proma.LayerFactors(*factors)
+    narrow = proma.LayerFactors(*(x.astype(jnp.bfloat16) for x in factors))
+    for leaf, tokens in ((proma.DenseScores(rows), 1), (kernel, 70), (narrow, 70)):
+        total = np.ravel(jax.jit(type(leaf).weighted_sum)(leaf, weights))
+        assert not np.isfinite(total[:3]).any()
+        np.testing.assert_allclose(total[3], 2.0 * tokens, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("device")
+def test_weighted_sums_have_gradients(case):
+    leaf, _ = case
+    weights = normal(np.random.default_rng(1), *leaf.layer_shape, B)
+    values = normal(np.random.default_rng(2), *leaf.dense().values.shape).at[0, 0].set(0)
+    spread = proma.DenseScores(values, leaf.num_layer_axes)
+    chex.assert_numerical_grads(lambda w: spread.weighted_sum(w), (weights,), 1, atol=1e-2)
+    chex.assert_numerical_grads(
+        lambda v: dataclasses.replace(spread, values=v).weighted_sum(weights),
+        (values,),
+        1,
+        atol=1e-2,
+    )
 
 
 def test_dense_forms_and_views(case):

@@ -266,12 +266,13 @@ class Plan:
 
     def _slot_layout(self, slot: Slot, total: Array, coefficients: Array) -> Layout | None:
         """How the scores of what a node sees of a total are spread."""
-
-        def seen(total: Array) -> Array:
-            return slot.seen(total, jnp.asarray(slot.layers[(0,) * len(slot.scans)]))
-
         num_layer_axes = len(slot.assembly.layer_shape)
-        return self._layout(slot.leaf, total, coefficients, num_layer_axes, seen)
+        return self._layout(slot.leaf, total, coefficients, num_layer_axes, slot.seen_first)
+
+    def _seen_spec(self, slot: Slot, total: Array) -> Spec:
+        """How what a node sees of a total is spread over Auto axes, None if that is not known."""
+        spec = self.specs[slot.leaf]
+        return None if spec is None else spec_within(total, slot.seen_first, spec)
 
     def _layout(
         self,
@@ -331,7 +332,10 @@ class Plan:
         ]
         parts = self._parts(of_leaves, seen, scores, coefficients, numbers)
         for slot, of_slot, before, part in zip(slots, layers, seen, parts, strict=True):
-            after = before + part.added.astype(before.dtype)
+            added = spread(
+                part.added.astype(before.dtype), self._seen_spec(slot, totals[slot.leaf])
+            )
+            after = before + added
             totals = totals | {slot.leaf: slot.replaced(totals[slot.leaf], of_slot, after)}
         return [part.norms for part in parts], totals
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from proma_jax.capture.factors import Assembly
@@ -68,6 +69,10 @@ class Slot:
         else:
             rows = rows[layers]
         return rows.reshape(*self.assembly.layer_shape, *self.assembly.matrix_shape)
+
+    def seen_first(self, total: Array) -> Array:
+        """What a node sees of a total in the first iteration."""
+        return self.seen(total, jnp.asarray(self.layers[(0,) * len(self.scans)]))
 
     def replaced(self, total: Array, layers: Array, seen: Array) -> Array:
         """A total with something else in the place of what a node sees."""

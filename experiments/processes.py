@@ -36,6 +36,8 @@ def join() -> None:
             int(os.environ[name]) if name in os.environ else None
             for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         )
+        # Its handler of SIGTERM would take the place of ours (`preemption`).
+        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(num_processes=count, process_id=own)
     except (RuntimeError, ValueError) as error:
         raise files.Failure(

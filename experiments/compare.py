@@ -18,6 +18,7 @@ from experiments import (
     meshes,
     pool,
     preemption,
+    processes,
     records,
     report,
     sampling,
@@ -69,7 +70,7 @@ class Command:
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
     training: TrainingConfig = TrainingConfig()
     loggers: Annotated[LoggersConfig, Unprefixed] = LoggersConfig()
-    devices: Annotated[meshes.MeshConfig, Unprefixed] = meshes.MeshConfig()
+    devices: Annotated[meshes.DevicesConfig, Unprefixed] = meshes.DevicesConfig()
 
     def __post_init__(self):
         checked.check_distinct("methods", self.methods)
@@ -80,6 +81,7 @@ class Command:
                 " work on one run after the other"
             )
         self.training.check_on(self.devices)
+        self.devices.check_start(self.model.model)
         self.training.check_with(self.methods, self.task, self.model, self.start)
         order = {method: place for place, method in enumerate(self.methods)}
         last = len(order)
@@ -139,7 +141,8 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
     named = {figures.LABELS[method]: runs for method, runs in results.items()}
     report.terminal.print(report.summary(named, command.processes))
     title = f"{command.task.name}, {command.training.microbatches} microbatches per optimizer step"
-    drawn = figures.draw(results, title, command.directory / "figures")
+    figure_folder = command.directory / "figures"
+    drawn = processes.by_first(lambda: figures.draw(results, title, figure_folder))
     report.terminal.print(
         f"Settings, environment, metrics, checkpoints: {command.directory}/<method>/seed_<seed>, "
         "unless said above\n"

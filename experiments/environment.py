@@ -42,6 +42,7 @@ def current() -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processes": jax.process_count(),
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
         "versions": {package: _version(package) for package in _PACKAGES},
         "git_commit": _git("rev-parse", "HEAD"),

@@ -38,7 +38,7 @@ class Command:
     drawing: Annotated[SamplingConfig, command_line.Unprefixed] = SamplingConfig()
     dtype: DType = "float32"
     """Of parameters and computation."""
-    devices: Annotated[meshes.MeshConfig, command_line.Unprefixed] = meshes.MeshConfig()
+    devices: Annotated[meshes.DevicesConfig, command_line.Unprefixed] = meshes.DevicesConfig()
     json: bool = False
     """Whether to print JSON objects, one a line: prompt, response, the number of its tokens,
     whether it came to an end, and its log-probability."""

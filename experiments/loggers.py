@@ -12,7 +12,7 @@ from typing import Self
 
 from pydantic.dataclasses import dataclass
 
-from experiments import checked, environment, files, records
+from experiments import checked, environment, files, processes, records
 from experiments.configs import RunConfig
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -45,6 +45,8 @@ NONE = LoggersConfig()
 class Loggers:
     """A run's loggers, open from when the run is opened until the context ends.
 
+    Of several processes that work on the run the first alone has any.
+
     Args:
         config: which loggers.
         run: the run's settings.
@@ -66,12 +68,16 @@ class Loggers:
     def opened(self, run: records.Run, finished: bool) -> None:
         """Opens the loggers. Of a run that is finished, they get what they lack."""
         self._directory = run.directory
+        begins = run.step is None
+        processes.by_first(lambda: self._open_all(begins))
+        if finished:
+            self.send()
+
+    def _open_all(self, begins: bool) -> None:
         if self._config.tensorboard:
             self._sends.append(self._tensorboard())
         if self._config.wandb:
-            self._sends.append(self._wandb(self._config.wandb, begins=run.step is None))
-        if finished:
-            self.send()
+            self._sends.append(self._wandb(self._config.wandb, begins))
 
     def send(self) -> None:
         """Sends the rows of metrics.jsonl that were not sent yet."""

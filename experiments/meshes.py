@@ -10,6 +10,7 @@ arrays where they are.
 
 import contextlib
 import math
+import pathlib
 import re
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pydantic.dataclasses import dataclass
 
-from experiments import checked, files
+from experiments import checked, files, processes
 
 AXES = ("data", "fsdp")
 Tree = TypeVar("Tree")
@@ -70,8 +71,46 @@ class MeshConfig:
                 f"({devices[0].device_kind}): choose a smaller mesh or, to try it on a CPU, set "
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={self.size} and NPROC=64."
             )
+        if self.size < len(devices) and jax.process_count() > 1:
+            raise files.Failure(
+                f"--mesh {self.mesh} must have all {len(devices)} devices of the "
+                f"{jax.process_count()} processes."
+            )
         types = (AxisType.Auto,) * len(AXES)
         return jax.make_mesh(self.shape, AXES, types, devices=devices[: self.size])
+
+
+@dataclass(frozen=True, config=checked.CONFIG)
+class DevicesConfig(MeshConfig):
+    """The devices that share the work, of one process or of several."""
+
+    distributed: bool = False
+    """Whether this is one of several processes, as on several hosts, that were all given this
+    command; the mesh is then over the devices of all of them. JAX finds them by itself on slurm,
+    Cloud TPU and GKE and under Open MPI, elsewhere by JAX_COORDINATOR_ADDRESS=HOST:PORT,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.distributed and self.mesh is None:
+            raise ValueError(
+                f"distributed={self.distributed} needs a mesh over the devices of all processes, "
+                "but mesh=None"
+            )
+
+    def check_start(self, model: pathlib.Path | None) -> None:
+        """Raises a ValueError if training cannot begin with `model`, None for a warm start."""
+        if self.distributed and model is None:
+            raise ValueError(
+                f"distributed={self.distributed} needs a pretrained model, but {model=}: a small "
+                "decoder's warm start trains on one device"
+            )
+
+    def made(self) -> Mesh | None:
+        """The mesh; joins the other processes first, if there are any."""
+        if self.distributed:
+            processes.join()
+        return super().made()
 
 
 def described(mesh: Mesh | None) -> str:

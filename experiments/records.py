@@ -9,6 +9,9 @@ tensorboard/, wandb/, wandb_id
                   the rows once more, if they are asked for there (`loggers`)
 lock              held by the one process that may work on the run; another waits for it
 
+Of several processes that work on the run together (`processes`) the first reads and writes all of
+this but the checkpoints.
+
 A checkpoint holds what the next step needs and nothing else can give: the warm start's
 (`warm_start.State`) the parameters, the optimizer's state and the last validation accuracy; a
 run's (`training.State`) the parameters, the optimizer's state with what a method adds to it (a
@@ -35,12 +38,11 @@ from typing import Any, NoReturn, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
 import proma_jax as proma
-from experiments import environment, files
+from experiments import environment, files, processes
 
 Row = Mapping[str, float]
 State = TypeVar("State")
@@ -131,6 +133,11 @@ def _saving(checkpoints: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
+@jax.jit
+def _are_finite(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(x).all() for x in arrays]
+
+
 class Preempted(Exception):
     """A run stopped because it was asked to, with all it did saved."""
 
@@ -175,12 +182,17 @@ class Run:
             if stopping():
                 raise Preempted(f"Preempted while another process worked on {self.directory}.")
 
-        with contextlib.ExitStack() as opened, files.using(directory):
+        opened = contextlib.ExitStack()
+
+        def enter():
             self.directory.mkdir(parents=True, exist_ok=True)
             opened.enter_context(files.alone(self.directory, while_waiting))
             if self._is_begun():
                 self._check_settings()
             self._checkpoints.mkdir(exist_ok=True)
+
+        with opened, files.using(directory):
+            processes.by_first(enter)
             self._manager = ocp.CheckpointManager(
                 self._checkpoints,
                 item_handlers=ocp.StandardCheckpointHandler(),
@@ -192,7 +204,8 @@ class Run:
             )
             opened.callback(self._manager.close)
             if self.step is not None:
-                _read_through(self._checkpoints / str(self.step))
+                checkpoint = self._checkpoints / str(self.step)
+                processes.by_first(lambda: _read_through(checkpoint))
             self._opened = opened.pop_all()
 
     @classmethod
@@ -283,6 +296,10 @@ class Run:
         check(restored)
         return restored
 
+    def all_rows(self) -> list[Row]:
+        """The metrics, as `read_metrics` reads them."""
+        return processes.by_first(lambda: read_metrics(self.directory))
+
     def rows(self) -> list[Row]:
         """The metrics up to the checkpoint.
 
@@ -295,7 +312,7 @@ class Run:
         checkpoint = self._checkpoints / str(step)
         with _reading(checkpoint):
             expected = self._manager.metadata(step).custom_metadata["rows"]
-        rows = [row for row in read_metrics(self.directory) if row["step"] <= step]
+        rows = [row for row in self.all_rows() if row["step"] <= step]
         if len(rows) != expected:
             raise files.Failure(
                 f"{self.directory / 'metrics.jsonl'} is damaged: {len(rows)} rows up to step "
@@ -315,6 +332,11 @@ class Run:
             files.Failure: the directory is damaged, cannot be used, or has no room for the
                 checkpoints.
         """
+        rows = self.rows() if rows is None else rows
+        self._row_count = len(rows)
+        processes.by_first(lambda: self._begin(state, rows))
+
+    def _begin(self, state: Any, rows: Sequence[Row]) -> None:
         copies = 2 if self.step is None else 1  # an old and a new checkpoint exist at a time
         needed = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.directory).free
@@ -328,8 +350,6 @@ class Run:
             "Put back a copy of it, or delete it: only what it says of earlier processes is lost."
         )
         earlier = files.parse(path.read_bytes(), list, str(path), cure) if path.exists() else []
-        rows = self.rows() if rows is None else rows
-        self._row_count = len(rows)
         with files.using(self.directory):
             files.replace(self._config, json.dumps(self._settings, indent=2) + "\n")
             files.replace(path, json.dumps([*earlier, environment.current()], indent=2) + "\n")
@@ -337,8 +357,12 @@ class Run:
 
     def log(self, row: Row) -> None:
         """Appends a row, which has a "step", to the metrics."""
-        with files.using(self.directory), (self.directory / "metrics.jsonl").open("a") as file:
-            file.write(_line(row))
+
+        def append():
+            with files.using(self.directory), (self.directory / "metrics.jsonl").open("a") as file:
+                file.write(_line(row))
+
+        processes.by_first(append)
         self._row_count += 1
 
     def check_finite(self, row: Row, state: Any) -> None:
@@ -347,10 +371,12 @@ class Run:
         Raises:
             NotFinite: it has.
         """
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        floats = {path: x for path, x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)}
         found = [f"{name} {x}" for name, x in row.items() if not math.isfinite(x)] + [
             jax.tree_util.keystr(path)
-            for path, x in jax.tree_util.tree_leaves_with_path(state)
-            if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all()
+            for path, is_finite in zip(floats, _are_finite(list(floats.values())), strict=True)
+            if not is_finite
         ]
         if found:
             with _saving(self._checkpoints):

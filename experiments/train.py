@@ -55,7 +55,7 @@ class Command:
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
     training: TrainingConfig = TrainingConfig()
     loggers: Annotated[LoggersConfig, Unprefixed] = LoggersConfig()
-    devices: Annotated[meshes.MeshConfig, Unprefixed] = meshes.MeshConfig()
+    devices: Annotated[meshes.DevicesConfig, Unprefixed] = meshes.DevicesConfig()
 
     def __post_init__(self):
         if (self.match is not None) != (self.method == "grpo_matched"):
@@ -69,6 +69,7 @@ class Command:
                 f"model={self.model.model}"
             )
         self.training.check_on(self.devices)
+        self.devices.check_start(self.model.model)
         self.run_config()
 
     def run_config(self) -> RunConfig:

@@ -17,7 +17,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments import batches, divergence, meshes, methods, records, sampling, validation
+from experiments import (
+    batches,
+    divergence,
+    meshes,
+    methods,
+    processes,
+    records,
+    sampling,
+    validation,
+)
 from experiments.configs import RunConfig, TrainingConfig
 from experiments.models import lora
 
@@ -118,7 +127,7 @@ def train(
                         config, policy, nnx.merge_state(state.params, frozen), first
                     )
                 )
-                if stopping():
+                if processes.any_of(stopping()):
                     run.stop(first, state)
             batch = batches.divide(config, policy, state.rollouts, first)
             meter = divergence.Meter(
@@ -140,9 +149,9 @@ def train(
                 on_row(row)
                 if step % settings.checkpoint_every == 0 or step == settings.steps:
                     run.save(step, state)
-                if stopping():
+                if processes.any_of(stopping()):
                     run.stop(step, state)
-    return records.read_metrics(run.directory)
+        return run.all_rows()
 
 
 def trained(

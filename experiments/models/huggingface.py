@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments import files
+from experiments import files, processes
 from experiments.models import config_json, shards
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
@@ -120,7 +120,8 @@ def save(
     Args:
         folder: which is not there yet, or is empty.
         graphdef: the decoder's structure.
-        params: its parameters, all on this process's devices.
+        params: its parameters; if devices of other processes have parts of them, all processes
+            must call this, and the first writes.
         source: a folder of the same decoder, whose tokenizer, generation settings and token ids are
             taken over. Default: none is.
         max_shard_bytes: above it, tensors are spread over files of at most this size.
@@ -150,6 +151,10 @@ def save(
         for i, name in enumerate(leaf.names):
             made[name] = functools.partial(leaf.tensor, value, i)
             sizes[name] = value.nbytes // len(leaf.names)
+    if not processes.is_first():
+        for part in made.values():
+            part()
+        return
     with writing(folder) as partial:
         (partial / "config.json").write_text(config_json.text(config, others))
         for name in COPIED:
@@ -218,7 +223,7 @@ class _Leaf(NamedTuple):
 
     def tensor(self, value: jax.Array, i: int) -> np.ndarray:
         """What goes to a file under the i-th name."""
-        one = np.asarray(value[i] if self.is_stacked else value)
+        one = processes.whole(value[i] if self.is_stacked else value)
         return one.T if self.is_transposed else one
 
 

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
 
-from experiments import files
+from experiments import files, processes
 
 Chat = Sequence[Mapping[str, str]]
 """Messages, each with its "role" ("system", "user" or "assistant") and its "content"."""
@@ -156,7 +156,7 @@ def graded(
         files.Failure: `grade` returned no mapping, no "reward", another number of grades than
             there are responses, or something else than finite numbers.
     """
-    returned = task.grade(problems, responses)
+    returned = processes.by_first(lambda: task.grade(problems, responses))
     name = f"{type(task).__name__}.grade"
     if not isinstance(returned, Mapping):
         raise files.Failure(

@@ -118,6 +118,8 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
     began = time.monotonic()
     mesh = command.devices.made()
     report.settings(command, mesh=mesh)
+    if command.processes > 1:
+        pool.prepare(command)
     start = report.start(command, command.start_directory, stopping, mesh)
     cells = collections.deque(
         _cell(command, method, seed)

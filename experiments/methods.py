@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from pydantic import Field
@@ -84,38 +85,37 @@ class Method(NamedTuple):
 
 
 def make_method(
-    name: MethodName,
-    config: MethodConfig,
-    policy: sampling.Policy,
-    microbatches: int,
-    update_norms: tuple[float, ...] = (),
+    name: MethodName, config: MethodConfig, policy: sampling.Policy, microbatches: int
 ) -> Method:
     """Builds a method.
 
-    The learning rate is part of the optimizer's state: arguments that differ in nothing else give
-    the same `step`, which jit compiles once.
+    The learning rate is part of the optimizer's state, and so is the length that grpo_matched
+    rescales an update to (`aimed`): methods that differ in nothing else have the same `step`, which
+    jit compiles once.
 
     Args:
         name: which one.
         config: its settings.
         policy: the policy.
         microbatches: how many make one optimizer step.
-        update_norms: the length each optimizer step's update is rescaled to, for grpo_matched.
     """
     of_any_rate = dataclasses.replace(config, learning_rate=1.0)
     return Method(
-        init=_make_method(name, config, policy, microbatches, update_norms).init,
-        step=_make_method(name, of_any_rate, policy, microbatches, update_norms).step,
+        init=_make_method(name, config, policy, microbatches).init,
+        step=_make_method(name, of_any_rate, policy, microbatches).step,
     )
+
+
+def aimed(opt_state: optax.OptState, length: float) -> optax.OptState:
+    """The state of grpo_matched's optimizer, from which its next update is `length` long."""
+    before = optax.tree.get(opt_state, "update_length")
+    placed = jax.device_put(np.asarray(length, before.dtype), before.sharding)
+    return optax.tree.set(opt_state, update_length=placed)
 
 
 @functools.lru_cache
 def _make_method(
-    name: MethodName,
-    config: MethodConfig,
-    policy: sampling.Policy,
-    microbatches: int,
-    update_norms: tuple[float, ...],
+    name: MethodName, config: MethodConfig, policy: sampling.Policy, microbatches: int
 ) -> Method:
     def loss_gradient(loss_fn):
         def gradient(params, microbatch, frozen):
@@ -160,18 +160,17 @@ def _make_method(
         steps = optax.MultiSteps(inner, microbatches, use_grad_mean=False)
         return steps.gradient_transformation()
 
-    def rescale_to(norms):
-        lengths = jnp.asarray(norms)
-        return optax.chain(
-            optax.normalize_by_update_norm(eps=0.0), optax.scale_by_schedule(lengths.__getitem__)
-        )
+    def rescale(update_length):
+        return optax.chain(optax.normalize_by_update_norm(eps=0.0), optax.scale(update_length))
 
     inner = optax.chain(
         optax.snapshot("gradient_norm", optax.tree.norm),
         optax.clip_by_global_norm(config.max_gradient_norm),
         optax.adamw(1.0),
         optax.inject_hyperparams(optax.scale)(step_size=config.learning_rate),
-        rescale_to(update_norms) if name == "grpo_matched" else optax.identity(),
+        optax.inject_hyperparams(rescale)(update_length=1.0)
+        if name == "grpo_matched"
+        else optax.identity(),
         optax.snapshot("update_norm", optax.tree.norm),
     )
     accumulation = proma.Accumulation(

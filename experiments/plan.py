@@ -106,13 +106,7 @@ def programs(command: Command, mesh: Mesh) -> Iterator[Program]:
     settings = command.training
     policy, shapes = _policy(command, mesh)
     params, frozen = lora.split(shapes)
-    method = methods.make_method(
-        command.method,
-        settings.method,
-        policy,
-        settings.microbatches,
-        (1.0,) * settings.steps if command.method == "grpo_matched" else (),
-    )
+    method = methods.make_method(command.method, settings.method, policy, settings.microbatches)
     params, frozen, opt_state = jax.tree.map(
         lambda x: _shape(x, meshes.sharding(mesh, x.shape)),
         (params, frozen, jax.eval_shape(method.init, params)),

@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from multiprocessing import synchronize
+from multiprocessing import forkserver, synchronize
 from typing import NamedTuple, Protocol
 
 import jax
@@ -63,6 +63,13 @@ class Outcome(NamedTuple):
     not_finite: records.NotFinite | None
 
 
+def prepare(command: Command) -> None:
+    """Has the processes' imports done while this one makes the start, and its programs kept."""
+    forkserver.set_forkserver_preload(["experiments.plot", "experiments.training"])
+    forkserver.ensure_running()
+    _keep_programs(command)
+
+
 def outcomes(
     command: Command, cells: collections.deque[Cell], stopping: Callable[[], bool]
 ) -> Iterator[tuple[Cell, Outcome]]:
@@ -78,11 +85,10 @@ def outcomes(
         records.Preempted: `stopping` said so; what was done is saved.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.plot", "experiments.training"])
     stop = context.Event()
     done = 0
     work: dict[futures.Future[Outcome], Cell] = {}
-    with futures.ProcessPoolExecutor(command.processes, context, _prepare, (stop,)) as pool:
+    with futures.ProcessPoolExecutor(command.processes, context, _begin, (stop,)) as pool:
         try:
             while cells or work:
                 while cells and len(work) < command.processes:
@@ -109,7 +115,7 @@ def outcomes(
 _stop: synchronize.Event
 
 
-def _prepare(stop: synchronize.Event) -> None:
+def _begin(stop: synchronize.Event) -> None:
     """Makes a process ready to work on cells."""
     global _stop
     _stop = stop
@@ -129,13 +135,18 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-@functools.cache
-def _start(command: Command) -> tuple[sampling.Policy, nnx.State]:
-    """What all cells start from, read once by each process; from then on it keeps its programs."""
+def _keep_programs(command: Command) -> None:
+    """Has this process keep what it compiles, unless the user says where that goes."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         programs = command.directory.absolute() / "programs"
         jax.config.update("jax_compilation_cache_dir", str(programs))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@functools.cache
+def _start(command: Command) -> tuple[sampling.Policy, nnx.State]:
+    """What all cells start from, read once by each process."""
+    _keep_programs(command)
     return report.start(command, command.start_directory, _stop.is_set)
 
 

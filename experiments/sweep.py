@@ -156,6 +156,7 @@ def main(command: Command) -> None:
 def _sweep(command: Command, cells: list[pool.Cell], stopping: Callable[[], bool]) -> None:
     began = time.monotonic()
     report.settings(command, command.learning_rates)
+    pool.prepare(command)
     report.start(command, command.start_directory, stopping)
     report.say(
         f"Sweep: {len(cells)} runs, {len(command.variants)} variants x "

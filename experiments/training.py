@@ -140,6 +140,9 @@ def train(
             for step, minibatch in enumerate(batch.minibatches, first + 1):
                 if step <= done:
                     continue
+                if config.update_norms:
+                    length = config.update_norms[step - 1]
+                    state = state._replace(opt_state=methods.aimed(state.opt_state, length))
                 state, row = _step(method, state, minibatch, frozen, meter, on_compiled)
                 row = {"step": step, **batch.described, **row}
                 if step % settings.validation_every == 0 or step == settings.steps:
@@ -170,7 +173,7 @@ def _prepared(config: RunConfig, policy: sampling.Policy) -> tuple[sampling.Poli
     settings = config.training
     policy = policy._replace(config=settings.sampling)
     return policy, methods.make_method(
-        config.method, settings.method, policy, settings.microbatches, config.update_norms
+        config.method, settings.method, policy, settings.microbatches
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -142,3 +143,12 @@ def test_the_learning_rate_is_in_the_state_and_not_in_the_program(start_director
     assert slow.step is fast.step
     assert optax.tree.get(slow.init(start), "step_size") == np.float32(1e-4)
     assert optax.tree.get(fast.init(start), "step_size") == np.float32(1e-2)
+
+
+def test_the_length_of_a_matched_update_is_in_the_state_and_not_in_the_program(start_directory):
+    policy, start = report.start(tiny.run_config("grpo", SETTINGS), start_directory, lambda: False)
+    method = methods.make_method("grpo_matched", methods.MethodConfig(), policy, 4)
+    state = method.init(start)
+    aimed = methods.aimed(state, 0.3)
+    assert optax.tree.get(aimed, "update_length") == np.float32(0.3)
+    assert jax.tree.map(jax.typeof, aimed) == jax.tree.map(jax.typeof, state)

@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from proma_jax.arithmetic import contract, divide, wide, wide_dtype
+from proma_jax.arithmetic import contract, divide, wide
 from proma_jax.scores import products
 from proma_jax.scores.leaf import ScoreLeaf, View
 
@@ -191,9 +191,7 @@ class LayerFactors(ScoreLeaf):
 
     def weighted_sum(self, weights: Array) -> Array:
         x, d = self.tokens("inputs"), self.tokens("output_grads")
-        is_narrow = wide_dtype(x.dtype) != x.dtype == d.dtype and self.dense_costs_less
-        form = products.sum_of_narrow_products if is_narrow else products.sum_of_products
-        return form(x, d, self._in_layers(weights))
+        return products.sum_of_products(x, d, self._in_layers(weights))
 
     def dense(self) -> DenseScores:
         x, d = self.tokens("inputs"), self.tokens("output_grads")

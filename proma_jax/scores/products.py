@@ -23,6 +23,11 @@ Array = jax.Array
 _BLOCK = 2**17
 """So many entries of each score at a time a TPU multiplies as fast as all; it compiles sooner."""
 
+_FEW_TOKENS = 64
+"""Products with fewer tokens are small, whatever their type."""
+_MANY_ENTRIES = 2**29
+"""2 GiB of products, which devices that do not join the sum to them should not hold."""
+
 
 def gram_of_matrices(values: Array) -> Array:
     """(*layers, b, b) inner products of scores that are at hand, (*layers, b, d_in, d_out)."""
@@ -74,19 +79,23 @@ def _added_up(values: Array, weights: Array) -> Array:
 
 def sum_of_products(inputs: Array, output_grads: Array, weights: Array) -> Array:
     """Of scores that need not be made, s_i = inputs_iᵀ output_grads_i."""
+    num_tokens, d_in = inputs.shape[-2:]
+    is_narrow = wide_dtype(inputs.dtype) != inputs.dtype == output_grads.dtype
+    size = weights.size * d_in * output_grads.shape[-1]
+    if not is_narrow or num_tokens < _FEW_TOKENS or size > _MANY_ENTRIES:
+        return _product_of_all(inputs, output_grads, weights)
+    return jax.lax.platform_dependent(
+        inputs, output_grads, weights, cpu=_product_of_all, default=_products_added_up
+    )
+
+
+def _product_of_all(inputs: Array, output_grads: Array, weights: Array) -> Array:
     grads = weighted(weights, output_grads, weights.ndim - 1)
     return contract("...bti,...bto->...io", inputs, grads)
 
 
-def sum_of_narrow_products(inputs: Array, output_grads: Array, weights: Array) -> Array:
-    """The same for factors of a narrow type and many tokens."""
-    return jax.lax.platform_dependent(
-        inputs, output_grads, weights, cpu=sum_of_products, default=_products_added_up
-    )
-
-
 def _products_added_up(inputs: Array, output_grads: Array, weights: Array) -> Array:
-    """A TPU joins the sum to the products, if it is all that they are used for: none is held."""
+    """A TPU joins the sum to the products, if it is all that they are used for: it holds none."""
     finite = jnp.isfinite(weights)
     marks = per_sequence(jnp.where(finite, 1, jnp.nan), output_grads).astype(output_grads.dtype)
     grads = jnp.where(output_grads == 0, 0, output_grads * marks)

@@ -1,4 +1,8 @@
-"""SIGTERM, sent before a machine is taken away, and Ctrl-C: save after the step, then stop."""
+"""SIGTERM, sent before a machine is taken away, and Ctrl-C: save after the step, then stop.
+
+The exit status is that of a program ended by the signal, 143 or 130, so that whoever sent it, such
+as Kubernetes, does not take the run for a finished one.
+"""
 
 import contextlib
 import os
@@ -11,7 +15,7 @@ from experiments import records, report
 
 @contextlib.contextmanager
 def handled() -> Iterator[Callable[[], bool]]:
-    """Gives the function that says whether to stop; `records.Preempted` ends in its message.
+    """Gives the function that says whether to stop; on `records.Preempted` says so, and exits.
 
     A signal is acknowledged at once, and a second Ctrl-C interrupts. The handlers from before come
     back at the end.
@@ -29,6 +33,8 @@ def handled() -> Iterator[Callable[[], bool]]:
             yield lambda: bool(asked)
     except records.Preempted as preempted:
         report.terminal.print(preempted, highlight=False, soft_wrap=True)
+        number = asked[0] if asked else signal.SIGTERM  # which another process was sent
+        raise SystemExit(128 + number) from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -180,7 +180,7 @@ def test_sigterm_saves_after_the_step_and_the_same_command_goes_on(uninterrupted
     wait_until(process, reached, directory, 2)
     process.terminate()
     process.join()
-    assert process.exitcode == 0
+    assert process.exitcode == 128 + signal.SIGTERM
     rows = records.read_metrics(directory)
     stopped = rows[-1]["step"]
     assert stopped % TRAINING.steps_per_batch
@@ -210,7 +210,7 @@ def test_compare_stops_in_the_warm_start_and_in_a_run(uninterrupted, tmp_path):
     wait_until(process, (tmp_path / "start" / "environment.json").exists)
     process.terminate()
     process.join()
-    assert process.exitcode == 0
+    assert process.exitcode == 128 + signal.SIGTERM
     assert 1 <= saved_step(tmp_path / "start") < WARM.check_every
     assert f"checkpoint in {tmp_path / 'start'}" in (tmp_path / "output").read_text()
     assert not (tmp_path / "reinforce").exists()
@@ -220,7 +220,7 @@ def test_compare_stops_in_the_warm_start_and_in_a_run(uninterrupted, tmp_path):
     wait_until(process, reached, directory, 2)
     os.kill(process.pid, signal.SIGINT)
     process.join()
-    assert process.exitcode == 0
+    assert process.exitcode == 128 + signal.SIGINT
     assert_same_results(tmp_path / "start", uninterrupted() / "start")
     last_step = records.read_metrics(directory)[-1]["step"]
     assert saved_step(directory) == last_step < TRAINING.steps

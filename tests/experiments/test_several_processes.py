@@ -91,7 +91,7 @@ def test_two_processes_train_as_one_which_goes_on_when_they_were_stopped(tmp_pat
     finally:
         for process in processes:
             process.kill()
-    assert [code for *_, code in ends] == [0, 0], ends
+    assert [code for *_, code in ends] == [128 + signal.SIGTERM] * 2, ends
     first, second = (out.replace("\n", " ") for out, *_ in ends)
     assert "Preempted after step 2" in first
     assert "seed 0" not in second
@@ -126,6 +126,8 @@ def test_what_several_processes_cannot_do_is_refused(flags, refusal, capsys):
 if __name__ == "__main__":
     folder = pathlib.Path(sys.argv[1])
     several = command(folder, "--distributed", "--mesh", MESH)
-    train.main(several)
-    policy, params = starts.pretrained(several.model, meshes.MeshConfig(MESH).made())
-    starts.save(folder / "model", policy, params, several.model)
+    try:
+        train.main(several)
+    finally:
+        policy, params = starts.pretrained(several.model, meshes.MeshConfig(MESH).made())
+        starts.save(folder / "model", policy, params, several.model)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from benchmarks import decoder
 
-Size = Literal["micro", "tiny", "small", "qwen3-0.6b", "qwen3-8b", "qwen3-32b"]
+Size = Literal["micro", "tiny", "small", "smollm2-135m", "qwen3-0.6b", "qwen3-8b", "qwen3-32b"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,14 @@ SIZES: dict[Size, Case] = {
         sequences=8,
         tokens=256,
         microbatches=2,
+    ),
+    "smollm2-135m": Case(
+        decoder.DecoderConfig(
+            vocab=49_152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, hidden=1536
+        ),
+        sequences=8,
+        tokens=64,
+        microbatches=4,
     ),
     "qwen3-0.6b": _qwen3(width=1024, layers=28, heads=16, hidden=3072),
     "qwen3-8b": _qwen3(

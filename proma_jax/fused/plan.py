@@ -269,10 +269,12 @@ class Plan:
         num_layer_axes = len(slot.assembly.layer_shape)
         return self._layout(slot.leaf, total, coefficients, num_layer_axes, slot.seen_first)
 
-    def _seen_spec(self, slot: Slot, total: Array) -> Spec:
-        """How what a node sees of a total is spread over Auto axes, None if that is not known."""
+    def _added_spec(self, slot: Slot, total: Array) -> Spec:
+        """How to spread what a node adds over Auto axes, None if its scores say that or nothing."""
         spec = self.specs[slot.leaf]
-        return None if spec is None else spec_within(total, slot.seen_first, spec)
+        if spec is None or self.leaves[slot.leaf].accumulates:
+            return None
+        return spec_within(total, slot.seen_first, spec)
 
     def _layout(
         self,
@@ -333,7 +335,7 @@ class Plan:
         parts = self._parts(of_leaves, seen, scores, coefficients, numbers)
         for slot, of_slot, before, part in zip(slots, layers, seen, parts, strict=True):
             added = spread(
-                part.added.astype(before.dtype), self._seen_spec(slot, totals[slot.leaf])
+                part.added.astype(before.dtype), self._added_spec(slot, totals[slot.leaf])
             )
             after = before + added
             totals = totals | {slot.leaf: slot.replaced(totals[slot.leaf], of_slot, after)}

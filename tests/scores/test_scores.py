@@ -47,6 +47,10 @@ def narrow(rng):
     return kernel(rng, dtype=jnp.bfloat16)
 
 
+def narrow_with_many_tokens(rng):
+    return kernel(rng, tokens=70, dtype=jnp.bfloat16)
+
+
 def several_token_axes(rng):
     leaf, explicit = kernel(rng, tokens=6)
     split = [x.reshape(B, 2, 3, -1) for x in pair_of(leaf)]
@@ -113,6 +117,7 @@ KINDS = [
     factored,
     many_tokens,
     narrow,
+    narrow_with_many_tokens,
     several_token_axes,
     stacked_factors,
     stacked_dense,

@@ -28,6 +28,7 @@ from experiments import (
 )
 from experiments.command_line import Unprefixed
 from experiments.configs import RunConfig, TrainingConfig
+from experiments.loggers import LoggersConfig
 from experiments.methods import MethodConfig, MethodName
 from experiments.models.settings import ModelConfig
 from experiments.tasks.settings import TaskConfig
@@ -81,6 +82,7 @@ class Command:
     model: Annotated[ModelConfig, Unprefixed] = ModelConfig()
     start: warm_start.WarmStartConfig = warm_start.WarmStartConfig()
     training: TrainingConfig = TrainingConfig()
+    loggers: Annotated[LoggersConfig, Unprefixed] = LoggersConfig()
 
     def __post_init__(self):
         checked.check_distinct("variants", self.variants)
@@ -117,6 +119,7 @@ class Command:
             name=f"{variant}, lr {rate:g}, seed {seed}",
             directory=self.directory / variant / f"lr_{rate}" / f"seed_{seed}",
             config=config,
+            to=self.loggers,
         )
 
 

@@ -11,7 +11,18 @@ import pytest
 from matplotlib import image
 from rich import console
 
-from experiments import configs, environment, files, methods, plot, records, report, sweep, training
+from experiments import (
+    configs,
+    environment,
+    files,
+    loggers,
+    methods,
+    plot,
+    records,
+    report,
+    sweep,
+    training,
+)
 from tests.experiments import tiny
 
 SETTINGS = configs.TrainingConfig(
@@ -37,6 +48,7 @@ def command(start_directory, tmp_path):
         task=tiny.TASK,
         start=tiny.WARM,
         training=SETTINGS,
+        loggers=loggers.LoggersConfig(tensorboard=True),
     )
 
 
@@ -55,6 +67,7 @@ def test_a_sweep_takes_what_is_finished_and_goes_on_after_a_run_that_diverges(co
     assert "complete already" in told
     assert before == [(path, path.read_bytes()) for path, _ in before]
     assert None in records.read_metrics(diverging)[-1].values()
+    assert all(any((run / "tensorboard").iterdir()) for run in (finished, diverging))
     assert {path.name for path in (command.directory / "figures").iterdir()} == {
         "learning_rates.png",
         "score_against_kl.png",

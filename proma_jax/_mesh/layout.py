@@ -34,12 +34,14 @@ class Layout:
       gradient: the parameter leaf and its gradients; None if that is not known.
       by_sequence: its dense scores (b, *layers, ...) as they are made, every sequence's where its
         factors are; None if that is not known.
-      by_feature: its dense scores as they are used, the same part of all; None likewise. Where it
-        has the mesh axes of the sequences in their order, all devices exchange scores at once.
+      between: what `by_sequence` is turned into first, where the mesh axes of sequences that spread
+        the leaf as well have moved to the features: XLA knows how to move some axes at a time.
+      by_feature: its dense scores as they are used, the same part of all; None likewise.
     """
 
     gradient: Spec
     by_sequence: Spec = None
+    between: Spec = None
     by_feature: Spec = None
 
 
@@ -79,20 +81,20 @@ def layout_of(
     if sequences.shape[0] % num_devices(mesh, batch_axes):
         return Layout(spec)
     by_sequence = PartitionSpec(tuple(batch_axes), *without(features, batch_axes))
-    free = [name for name in batch_axes if name not in names_in(features)]
+    free = tuple(name for name in batch_axes if name not in names_in(features))
+    between = PartitionSpec(free, *features)
     if free:
         most_spread_first = sorted(
             range(num_layer_axes, len(shape)), key=lambda i: -len(axis_names(features[i]))
         )
         for i in most_spread_first:
-            own = axis_names(features[i])
-            joined = tuple(name for name in batch_axes if name in (*own, *free))
-            if set(own) <= set(batch_axes) and shape[i] % num_devices(mesh, joined) == 0:
+            joined = (*axis_names(features[i]), *free)
+            if set(joined) <= set(batch_axes) and shape[i] % num_devices(mesh, joined) == 0:
                 features[i] = joined
                 break
         else:
             return Layout(spec)
-    return Layout(spec, by_sequence, PartitionSpec(None, *features))
+    return Layout(spec, by_sequence, between, PartitionSpec(None, *features))
 
 
 def by_feature(layers: jax.Array, layout: Layout) -> jax.Array:

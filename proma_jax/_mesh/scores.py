@@ -116,7 +116,7 @@ class SpreadScores(ScoreLeaf):
         if self.form is not None or not isinstance(compact, DenseScores):
             return self
         values = compact.values
-        for spec in (self.layout.by_sequence, self.layout.by_feature):
+        for spec in (self.layout.by_sequence, self.layout.between, self.layout.by_feature):
             values = spread(values, spec)
         form = dataclasses.replace(compact, values=values)
         if isinstance(self.scores, DenseScores):

@@ -63,6 +63,7 @@ def in_files(model):
     return {name: x.read((slice(None),) * len(x.shape)) for name, x in tensors.items()}
 
 
+@pytest.mark.campaign
 def test_two_processes_train_as_one_which_goes_on_when_they_were_stopped(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

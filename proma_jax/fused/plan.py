@@ -270,7 +270,7 @@ class Plan:
         return self._layout(slot.leaf, total, coefficients, num_layer_axes, slot.seen_first)
 
     def _added_spec(self, slot: Slot, total: Array) -> Spec:
-        """How to spread what a node adds over Auto axes, None if its scores say that or nothing."""
+        """How to spread what a node adds over Auto axes; None if its scores know or nobody does."""
         spec = self.specs[slot.leaf]
         if spec is None or self.leaves[slot.leaf].accumulates:
             return None

@@ -83,7 +83,7 @@ class ScoreLeaf:
         raise NotImplementedError
 
     def gram_by_rows(self) -> Array:
-        """`gram`, in a program that compiles fast and may run slowly, where it is rarely run."""
+        """`gram` for programs that rarely run: it compiles fast, and may run slowly."""
         return self.gram()
 
     def dots(self, layers: Array) -> Array:

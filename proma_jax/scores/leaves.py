@@ -67,10 +67,7 @@ class DenseScores(ScoreLeaf):
         return string.ascii_uppercase[: len(self._one_layer_shape())]
 
     def gram(self) -> Array:
-        values, n = self._layers_first("values"), self._features
-        if len(n) == 2:
-            return products.gram_of_matrices(values)
-        return contract(f"...i{n},...j{n}->...ij", values, values)
+        return products.gram(self._layers_first("values"), self.num_layer_axes)
 
     def gram_by_rows(self) -> Array:
         return jnp.moveaxis(jax.lax.map(self.dots, self.values), 0, -2)

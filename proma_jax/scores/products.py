@@ -1,9 +1,10 @@
 """Inner products and weighted sums of scores, as the device at hand makes them best.
 
-All forms are the same but for rounding. On a CPU only matrix products are fast. Elsewhere a sum
-over few sequences is faster than a matrix product that is nearly all padding, and compiles in a
-twentieth of the time; and products of narrow factors are several times as fast as those of float32,
-to which weights would make them. Where a weight is not finite the sum is not, but at zeros.
+All forms give the same but for rounding. On a CPU only matrix products are fast. On other devices a
+sum over few sequences is faster than a matrix product that is nearly all padding, and compiles in a
+twentieth of the time. There, too, factors of a narrow type are multiplied several times as fast
+before weights have turned them into float32. A weight that is not finite makes the sum not finite
+wherever its score is not zero.
 
 Arguments have axes of layers in front: values (*layers, b, ...), inputs and output gradients
 (*layers, b, tokens, d), weights (*layers, b) in float32 or wider.
@@ -21,23 +22,25 @@ from proma_jax.scores.leaf import per_sequence, weighted
 Array = jax.Array
 
 _BLOCK = 2**17
-"""So many entries of each score at a time a TPU multiplies as fast as all; it compiles sooner."""
+"""A TPU multiplies blocks of so many entries of each score as fast as all, and compiles sooner."""
 
 _FEW_TOKENS = 64
 """Products with fewer tokens are small, whatever their type."""
 _MANY_ENTRIES = 2**29
-"""2 GiB of products, which devices that do not join the sum to them should not hold."""
+"""2 GiB of products. A device that forms them before it adds them up should not hold more."""
 
 
-def gram_of_matrices(values: Array) -> Array:
-    """(*layers, b, b) inner products of scores that are at hand, (*layers, b, d_in, d_out)."""
-    if not values.size or has_several_devices():  # over which the rows may be spread
-        return _gram(values)
-    return jax.lax.platform_dependent(values, tpu=_gram_by_blocks, default=_gram)
+def gram(values: Array, num_layer_axes: int) -> Array:
+    """(*layers, b, b) inner products of scores that are at hand."""
+    features = string.ascii_uppercase[: values.ndim - num_layer_axes - 1]
 
+    def of_all(values: Array) -> Array:
+        return contract(f"...i{features},...j{features}->...ij", values, values)
 
-def _gram(values: Array) -> Array:
-    return contract("...iAB,...jAB->...ij", values, values)
+    # Several devices may each have some of the rows, which blocks would bring together.
+    if len(features) != 2 or not values.size or has_several_devices():
+        return of_all(values)
+    return jax.lax.platform_dependent(values, tpu=_gram_by_blocks, default=of_all)
 
 
 def _gram_by_blocks(values: Array) -> Array:
@@ -46,7 +49,8 @@ def _gram_by_blocks(values: Array) -> Array:
     rows = max(fitting, default=d_in)
 
     def add(i: Array, total: Array) -> Array:
-        return total + _gram(jax.lax.dynamic_slice_in_dim(values, i * rows, rows, axis=-2))
+        block = jax.lax.dynamic_slice_in_dim(values, i * rows, rows, axis=-2)
+        return total + contract("...iAB,...jAB->...ij", block, block)
 
     zeros = jnp.zeros_like(values, wide_dtype(values.dtype), shape=(*layers, b, b))
     return jax.lax.fori_loop(0, d_in // rows, add, zeros)

@@ -134,7 +134,7 @@ def test_responses_to_any_number_of_prompts_are_the_same_on_a_mesh(capsys):
             text=True,
             greedy=True,
             max_tokens=6,
-            devices=meshes.MeshConfig(mesh),
+            devices=meshes.DevicesConfig(mesh),
         )
         generate.main(command)
         said.append(capsys.readouterr().out)

@@ -3,13 +3,26 @@
 With it the products of all pairs of sequences need no sequence's dense scores anywhere but in
 parts: they are exchanged so that each device holds the same part of every sequence's score, where
 by default XLA would bring all scores whole to every device.
+
+XLA exchanges over several mesh axes at once only if these come in the same order before, at the
+sequences, and after, at the features. There the order is that of the parameter leaf. So sequences
+are first numbered anew, in that order, for which no device sends anything.
+
+Example:
+  >>> numbering = Numbering((2, 3), (1, 0))  # of 6 sequences on 2 × 3 devices
+  >>> numbering.forth(jax.numpy.arange(6)).tolist()
+  [0, 3, 1, 4, 2, 5]
+  >>> numbering.back(numbering.forth(jax.numpy.arange(6))).tolist()
+  [0, 1, 2, 3, 4, 5]
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from proma_jax._mesh.arrays import spec_within, spread
@@ -27,6 +40,44 @@ from proma_jax._mesh.axes import (
 
 
 @dataclasses.dataclass(frozen=True)
+class Numbering:
+    """Numbers of sequences that are spread over mesh axes, and others with these in another order.
+
+    Attributes:
+      sizes: of the mesh axes, first that over which sequences far apart are spread.
+      order: which of them is the first in the other numbering, which the second, and so on.
+    """
+
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def forth(self, x: jax.Array, axis: int = 0) -> jax.Array:
+        """An array with the sequences along an axis, in the other numbering."""
+        return self._moved(x, axis, self.sizes, self.order, range(len(self.order)))
+
+    def back(self, x: jax.Array, axis: int = 0) -> jax.Array:
+        """Undoes `forth`."""
+        sizes = [self.sizes[i] for i in self.order]
+        return self._moved(x, axis, sizes, range(len(self.order)), self.order)
+
+    def _moved(
+        self,
+        x: jax.Array,
+        axis: int,
+        sizes: Sequence[int],
+        from_places: Sequence[int],
+        to_places: Sequence[int],
+    ) -> jax.Array:
+        if self.order == tuple(sorted(self.order)):
+            return x
+        axis %= x.ndim
+        each = x.shape[axis] // math.prod(sizes)
+        split = x.reshape(*x.shape[:axis], *sizes, each, *x.shape[axis + 1 :])
+        places = ([axis + i for i in of] for of in (from_places, to_places))
+        return jnp.moveaxis(split, *places).reshape(x.shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """How arrays that belong to a parameter leaf are spread over a mesh.
 
@@ -34,14 +85,15 @@ class Layout:
       gradient: the parameter leaf and its gradients; None if that is not known.
       by_sequence: its dense scores (b, *layers, ...) as they are made, every sequence's where its
         factors are; None if that is not known.
-      between: what `by_sequence` is turned into first, where the mesh axes of sequences that spread
-        the leaf as well have moved to the features: XLA knows how to move some axes at a time.
+      numbering: how sequences are numbered anew before they are exchanged.
+      renumbered: `by_sequence` in these numbers, where the same scores are on the same devices.
       by_feature: its dense scores as they are used, the same part of all; None likewise.
     """
 
     gradient: Spec
     by_sequence: Spec = None
-    between: Spec = None
+    numbering: Numbering = Numbering((), ())
+    renumbered: Spec = None
     by_feature: Spec = None
 
 
@@ -80,9 +132,8 @@ def layout_of(
     features = [*within, *[None] * len(shape)][: len(shape)]
     if sequences.shape[0] % num_devices(mesh, batch_axes):
         return Layout(spec)
-    by_sequence = PartitionSpec(tuple(batch_axes), *without(features, batch_axes))
+    own = without(features, batch_axes)
     free = tuple(name for name in batch_axes if name not in names_in(features))
-    between = PartitionSpec(free, *features)
     if free:
         most_spread_first = sorted(
             range(num_layer_axes, len(shape)), key=lambda i: -len(axis_names(features[i]))
@@ -94,7 +145,15 @@ def layout_of(
                 break
         else:
             return Layout(spec)
-    return Layout(spec, by_sequence, between, PartitionSpec(None, *features))
+    in_features = [name for name in names_in(features) if name in batch_axes]
+    sizes = tuple(mesh.shape[name] for name in batch_axes)
+    return Layout(
+        spec,
+        by_sequence=PartitionSpec(tuple(batch_axes), *own),
+        numbering=Numbering(sizes, tuple(map(tuple(batch_axes).index, in_features))),
+        renumbered=PartitionSpec(tuple(in_features), *own),
+        by_feature=PartitionSpec(None, *features),
+    )
 
 
 def by_feature(layers: jax.Array, layout: Layout) -> jax.Array:

@@ -36,22 +36,28 @@ Array = jax.Array
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["scores", "form"], meta_fields=["layout"]
+    jax.tree_util.register_dataclass,
+    data_fields=["scores", "form"],
+    meta_fields=["layout", "exchanged"],
 )
 @dataclasses.dataclass(frozen=True)
 class SpreadScores(ScoreLeaf):
     """Scores that know how they are spread over a mesh.
 
     Attributes:
-      scores: as they were made, each sequence's where the sequence is.
+      scores: as they were made, each sequence's where the sequence is. Dense scores are replaced by
+        the exchanged ones.
       form: the dense form of factors, the same part of every sequence's on each device; None as
         long as it has not been made, or if it does not pay.
       layout: how they, the gradient and `form` are spread.
+      exchanged: whether the dense scores have been. They are then in the layout's other numbering
+        of sequences, which nothing outside of this class sees.
     """
 
     scores: ScoreLeaf
     form: DenseScores | None
     layout: Layout
+    exchanged: bool = False
 
     @property
     def num_layer_axes(self) -> int:  # type: ignore[override]
@@ -92,47 +98,58 @@ class SpreadScores(ScoreLeaf):
     def _used(self) -> ScoreLeaf:
         return self.scores if self.form is None else self.form
 
+    def _forth(self, x: Array, axis: int) -> Array:
+        """An array with the sequences along an axis, as the scores in use number them."""
+        return self.layout.numbering.forth(x, axis) if self.exchanged else x
+
+    def _back(self, x: Array, axis: int) -> Array:
+        return self.layout.numbering.back(x, axis) if self.exchanged else x
+
     def _like_form(self, layers: Array) -> Array:
         """An array of the scores' layout, spread like one of the dense scores."""
         return by_feature(layers, self.layout) if isinstance(self._used, DenseScores) else layers
 
     def gram(self) -> Array:
-        return self._used.gram()
+        return self._back(self._back(self._used.gram(), -1), -2)
 
     def gram_by_rows(self) -> Array:
-        return self._used.gram_by_rows()
+        return self._back(self._back(self._used.gram_by_rows(), -1), -2)
 
     def dots(self, layers: Array) -> Array:
-        return self._used.dots(self._like_form(layers))
+        return self._back(self._used.dots(self._like_form(layers)), -1)
 
     def weighted_sum(self, weights: Array) -> Array:
-        return self._like_form(self._used.weighted_sum(weights))
+        return self._like_form(self._used.weighted_sum(self._forth(weights, -1)))
 
     def dense(self) -> DenseScores:
-        return self.scores.dense() if self.form is None else self.form
+        dense = self._used.dense()
+        return dataclasses.replace(dense, values=self._back(dense.values, 0))
 
     def compact(self) -> ScoreLeaf:
         compact = self._used.compact()
-        if self.form is not None or not isinstance(compact, DenseScores):
+        if self.exchanged or not isinstance(compact, DenseScores):
             return self
-        values = compact.values
-        for spec in (self.layout.by_sequence, self.layout.between, self.layout.by_feature):
-            values = spread(values, spec)
-        form = dataclasses.replace(compact, values=values)
+        layout = self.layout
+        made = spread(compact.values, layout.by_sequence)
+        renumbered = spread(layout.numbering.forth(made), layout.renumbered)
+        form = dataclasses.replace(compact, values=spread(renumbered, layout.by_feature))
         if isinstance(self.scores, DenseScores):
-            return dataclasses.replace(self, scores=form)
-        return dataclasses.replace(self, form=form)
+            return dataclasses.replace(self, scores=form, exchanged=True)
+        return dataclasses.replace(self, form=form, exchanged=True)
 
     def rescaled(self) -> tuple[SpreadScores, Array]:
         moderate, size = self._used.rescaled()
-        return dataclasses.replace(self, scores=moderate, form=None), size
+        return dataclasses.replace(self, scores=moderate, form=None), self._back(size, 0)
 
     def times(self, factor: Array) -> SpreadScores:
-        form = None if self.form is None else self.form.times(factor)
-        return dataclasses.replace(self, scores=self.scores.times(factor), form=form)
+        of_used = self._forth(factor, 0)
+        if self.form is None:
+            return dataclasses.replace(self, scores=self.scores.times(of_used))
+        scores, form = self.scores.times(factor), self.form.times(of_used)
+        return dataclasses.replace(self, scores=scores, form=form)
 
     def are_zero(self) -> Array:
-        return self._used.are_zero()
+        return self._back(self._used.are_zero(), 0)
 
 
 def spread_scores(
@@ -174,10 +191,10 @@ def exchanged(scores: ScoreLeaf) -> ScoreLeaf:
     made, spec = scores.scores, scores.layout.by_feature
     if isinstance(made, DenseScores):
         dense = automatic(lambda scores: scores.compact().made, spec, scores)
-        return dataclasses.replace(scores, scores=dense)
+        return dataclasses.replace(scores, scores=dense, exchanged=True)
     if isinstance(made, LayerFactors) and made.dense_costs_less:
         form = automatic(lambda scores: scores.compact().form, spec, scores)
-        return dataclasses.replace(scores, form=form)
+        return dataclasses.replace(scores, form=form, exchanged=True)
     return scores
 
 

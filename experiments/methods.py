@@ -232,8 +232,8 @@ def _one_by_one(
             params = optax.apply_updates(params, updates)
             return meshes.kept_spread(mesh, (params, opt_state)), removed
 
-        (params, opt_state), removed = jax.lax.scan(accumulate, (params, opt_state), minibatch)
-        return params, opt_state, removed
+        after, removed = jax.lax.scan(accumulate, (params, opt_state), minibatch)
+        return *meshes.kept_spread(mesh, after), removed
 
     return Method(optimizer.init, step)
 

@@ -115,10 +115,20 @@ def test_adapters_and_methods_outside_of_the_backward_pass_train_alike(method, r
     trained = warm_start.warm_start(tiny.START, tmp_path / "start")
     policy, params = starts.adapted(*trained, ModelConfig(lora=rank))
 
+    def check_that_the_next_step_is_given_the_same(update):
+        (params, opt_state, *_), _ = update.input_shardings
+        chex.assert_trees_all_equal(update.output_shardings[:2], (params, opt_state))
+
     def train(mesh):
         made = meshes.MeshConfig(mesh).made()
         config = tiny.run_config(method, settings)
-        rows = training.train(config, policy._replace(mesh=made), params, tmp_path / f"{mesh}")
+        rows = training.train(
+            config,
+            policy._replace(mesh=made),
+            params,
+            tmp_path / f"{mesh}",
+            on_compiled=check_that_the_next_step_is_given_the_same if mesh else lambda update: None,
+        )
         return [{name: row[name] for name in row if name != "seconds"} for row in rows]
 
     for row, expected in zip(train("data=2,fsdp=4"), train(None), strict=True):

@@ -91,8 +91,8 @@ class SpreadScores(ScoreLeaf):
 
     @property
     def made(self) -> ScoreLeaf:
-        """The scores as they were made."""
-        return self.scores
+        """The scores as they were made, in the sequences' own order."""
+        return self.dense() if isinstance(self.scores, DenseScores) else self.scores
 
     @property
     def _used(self) -> ScoreLeaf:
@@ -190,7 +190,7 @@ def exchanged(scores: ScoreLeaf) -> ScoreLeaf:
         return scores
     made, spec = scores.scores, scores.layout.by_feature
     if isinstance(made, DenseScores):
-        dense = automatic(lambda scores: scores.compact().made, spec, scores)
+        dense = automatic(lambda scores: scores.compact().scores, spec, scores)
         return dataclasses.replace(scores, scores=dense, exchanged=True)
     if isinstance(made, LayerFactors) and made.dense_costs_less:
         form = automatic(lambda scores: scores.compact().form, spec, scores)

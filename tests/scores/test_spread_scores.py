@@ -34,6 +34,7 @@ def operations(scores, leaf, weights, factor):
         "weighted_sum": scores.weighted_sum(weights),
         "weighted_sum_by_layers": scores.weighted_sum(factor.T),
         "dense": scores.dense().values,
+        "made": scores.made.dense().values,
         "rescaled": moderate.dense().values * size[..., None, None],
         "times": scores.times(factor).dense().values,
         "times_of_the_sequences": scores.times(factor).weighted_sum(weights),

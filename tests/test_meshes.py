@@ -324,6 +324,33 @@ def test_scores_of_a_head_used_in_chunks_are_whole_on_no_device(axis_type, intra
     assert traffic(step) < 2 * MICROBATCHES * dense
 
 
+def test_lookups_are_added_up_to_a_whole_table_on_no_device():
+    vocabulary, width, axes = 1024, 64, {"replica": 2, "data": 4}
+
+    def logprob_fn(params, tokens):
+        return jnp.sum(jnp.tanh(params["table"][tokens] @ params["w"]))
+
+    def gradient_fn(**options):
+        return proma.accumulated_gradient(logprob_fn, accumulation=proma.Accumulation(), **options)
+
+    params = {"table": normal(0, vocabulary, width), "w": normal(1, width, width) / 8}
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, vocabulary, (MICROBATCHES, B, 512)))
+    arguments = params, tokens, normal(3, MICROBATCHES, B)
+    grads, _ = jax.jit(gradient_fn())(*arguments, 0)
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * 2)
+    hints = {"spmd_axis_name": tuple(axes), "param_specs": P("data")}
+    with jax.set_mesh(mesh):
+        by_rows, by_sequence = (
+            NamedSharding(mesh, spec) for spec in (P("data"), P(None, tuple(axes)))
+        )
+        spread = jax.device_put(arguments, (by_rows, by_sequence, by_sequence))
+        step = compile_step(gradient_fn(**hints), *spread, 0)
+        found, _ = step(*spread, 0)
+    assert_close(found, grads, 2e-5)
+    assert_spread_like(found, spread[0])
+    assert traffic(step) < 2.5 * MICROBATCHES * vocabulary * width
+
+
 def test_explicit_axes_are_described_and_checked():
     case = OnMesh("fsdp", AxisType.Explicit)
     with jax.set_mesh(case.mesh):

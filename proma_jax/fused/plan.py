@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from proma_jax._mesh import lookups
 from proma_jax._mesh.arrays import (
     automatic,
     rearranged,
@@ -22,7 +23,7 @@ from proma_jax._mesh.arrays import (
     varying_like,
     without_batch_axes,
 )
-from proma_jax._mesh.axes import Spec, axis_names
+from proma_jax._mesh.axes import Spec, axis_names, explicit_batch_axes
 from proma_jax._mesh.layout import Layout, layout_of
 from proma_jax._mesh.scores import with_layout
 from proma_jax.arithmetic import layer_norms
@@ -252,7 +253,8 @@ class Plan:
             result_grads: Sequence[Array],
         ) -> Any:
             layouts = [self._slot_layout(slot, totals[slot.leaf], coefficients) for slot in slots]
-            of_all = functools.partial(self._fold, slots, members, layouts)
+            batch_axes = axis_names(self.spmd_axis_name) or explicit_batch_axes(coefficients)
+            of_all = functools.partial(self._fold, slots, members, layouts, batch_axes)
             arguments = data, coefficients, layers, numbers, totals, result_grads
             found = automatic(of_all, (None, totals), *arguments)
             return varying_like(found, coefficients)
@@ -295,6 +297,7 @@ class Plan:
         slots: Sequence[Slot],
         members: Sequence[Path],
         layouts: Sequence[Layout | None],
+        batch_axes: Sequence[str],
         data: Array,
         coefficients: Array,
         layers: Sequence[Array],
@@ -308,6 +311,7 @@ class Plan:
           slots: what the node adds to.
           members: the uses.
           layouts: of the scores of each slot.
+          batch_axes: the mesh axes over which the sequences are spread.
           data: (b, ...), what they multiply, or the indices.
           coefficients: (b,).
           layers: of each slot, those of this iteration.
@@ -325,19 +329,23 @@ class Plan:
             return assemble(assemblies, reported)
 
         factors = jax.vmap(one_sequence)(data, list(result_grads))
-        made = map(score_leaf, assemblies, factors, groups(assemblies))
-        scores = list(map(with_layout, made, layouts))
         of_leaves = [slot.leaf for slot in slots]
+        made = map(score_leaf, assemblies, factors, groups(assemblies))
+        scores = [
+            with_layout(of_slot, layout)
+            if self.leaves[leaf].accumulates
+            else lookups.by_column(of_slot, batch_axes)
+            for leaf, of_slot, layout in zip(of_leaves, made, layouts, strict=True)
+        ]
         seen = [
             slot.seen(totals[slot.leaf], of_slot)
             for slot, of_slot in zip(slots, layers, strict=True)
         ]
         parts = self._parts(of_leaves, seen, scores, coefficients, numbers)
-        for slot, of_slot, before, part in zip(slots, layers, seen, parts, strict=True):
-            added = spread(
-                part.added.astype(before.dtype), self._added_spec(slot, totals[slot.leaf])
-            )
-            after = before + added
+        rows = zip(slots, layers, scores, seen, parts, strict=True)
+        for slot, of_slot, leaf_scores, before, part in rows:
+            added, spec = part.added.astype(before.dtype), self._added_spec(slot, totals[slot.leaf])
+            after = before + lookups.by_row(added, leaf_scores, batch_axes, spec)
             totals = totals | {slot.leaf: slot.replaced(totals[slot.leaf], of_slot, after)}
         return [part.norms for part in parts], totals
 

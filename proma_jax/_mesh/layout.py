@@ -150,7 +150,7 @@ def layout_of(
     return Layout(
         spec,
         by_sequence=PartitionSpec(tuple(batch_axes), *own),
-        numbering=Numbering(sizes, tuple(map(tuple(batch_axes).index, in_features))),
+        numbering=Numbering(sizes, tuple(map(list(batch_axes).index, in_features))),
         renumbered=PartitionSpec(tuple(in_features), *own),
         by_feature=PartitionSpec(None, *features),
     )

@@ -42,6 +42,5 @@ def _can_be_shared(scores: LookupFactors, batch_axes: Sequence[str]) -> bool:
     mesh = mesh_with(AxisType.Auto, scores.output_grads)
     if mesh is None or not batch_axes:
         return False
-    count = num_devices(mesh, batch_axes)
-    width = scores.output_grads.shape[-1]
-    return scores.num_embeddings % count == 0 and width % count == 0
+    shared = scores.batch_size, scores.num_embeddings, scores.output_grads.shape[-1]
+    return all(size % num_devices(mesh, batch_axes) == 0 for size in shared)

@@ -1,46 +1,60 @@
 """Sums of lookups over a mesh: each device adds up some columns of a table, for all sequences.
 
-It is sent these columns alone of what all tokens add, and then exchanges them for some rows. By
-default XLA adds up every device's own sequences to a whole table, and then all these tables.
+A device is sent these columns of every token's gradient, and no others. When they are added up, it
+exchanges its columns for some rows. By default XLA makes a whole table of every device's own
+sequences, and then adds up all these tables.
 """
 
+from __future__ import annotations
+
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
 from proma_jax._mesh.arrays import spread
-from proma_jax._mesh.axes import Spec, mesh_with, num_devices
+from proma_jax._mesh.axes import mesh_with, num_devices
 from proma_jax.scores.leaf import ScoreLeaf
 from proma_jax.scores.tables import LookupFactors
 
 
-def by_column(scores: ScoreLeaf, batch_axes: Sequence[str]) -> ScoreLeaf:
-    """Lookups whose weighted sum is spread by columns, if their table can be; other scores as is.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["indices", "output_grads"],
+    meta_fields=["num_embeddings", "num_layer_axes", "view", "dtype", "batch_axes"],
+)
+@dataclasses.dataclass(frozen=True)
+class SharedLookups(LookupFactors):
+    """Lookups whose weighted sum all devices share.
 
-    Args:
-      scores: of any leaf.
+    Attributes:
       batch_axes: the Auto mesh axes over which the sequences are spread.
     """
-    if not isinstance(scores, LookupFactors) or not _can_be_shared(scores, batch_axes):
+
+    batch_axes: tuple[str, ...] = ()
+
+    def weighted_sum(self, weights: jax.Array) -> jax.Array:
+        """As of any scores; each device has some rows of it."""
+        made = spread(self.output_grads, PartitionSpec(self.batch_axes))
+        columns = spread(made, PartitionSpec(*[None] * (made.ndim - 1), self.batch_axes))
+        table = LookupFactors.weighted_sum(dataclasses.replace(self, output_grads=columns), weights)
+        return spread(table, PartitionSpec(*[None] * self.num_layer_axes, self.batch_axes))
+
+
+def shared(scores: ScoreLeaf, batch_axes: Sequence[str]) -> ScoreLeaf:
+    """Lookups as `SharedLookups`, if devices can share them evenly; any other scores as they are.
+
+    Args:
+      scores: of a leaf.
+      batch_axes: the Auto mesh axes over which the sequences are spread.
+    """
+    if not isinstance(scores, LookupFactors) or not batch_axes:
         return scores
-    grads = scores.output_grads
-    made = spread(grads, PartitionSpec(tuple(batch_axes)))
-    columns = spread(made, PartitionSpec(*[None] * (grads.ndim - 1), tuple(batch_axes)))
-    return dataclasses.replace(scores, output_grads=columns)
-
-
-def by_row(table: jax.Array, scores: ScoreLeaf, batch_axes: Sequence[str], spec: Spec) -> jax.Array:
-    """The weighted sum of what `by_column` returned, (*layers, rows, d), spread by `spec`."""
-    if isinstance(scores, LookupFactors) and _can_be_shared(scores, batch_axes):
-        table = spread(table, PartitionSpec(*[None] * (table.ndim - 2), tuple(batch_axes)))
-    return spread(table, spec)
-
-
-def _can_be_shared(scores: LookupFactors, batch_axes: Sequence[str]) -> bool:
     mesh = mesh_with(AxisType.Auto, scores.output_grads)
-    if mesh is None or not batch_axes:
-        return False
-    shared = scores.batch_size, scores.num_embeddings, scores.output_grads.shape[-1]
-    return all(size % num_devices(mesh, batch_axes) == 0 for size in shared)
+    sizes = scores.batch_size, scores.num_embeddings, scores.output_grads.shape[-1]
+    if mesh is None or any(size % num_devices(mesh, batch_axes) for size in sizes):
+        return scores
+    fields = {field.name: getattr(scores, field.name) for field in dataclasses.fields(scores)}
+    return SharedLookups(**fields, batch_axes=tuple(batch_axes))

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from proma_jax._mesh import lookups
 from proma_jax._mesh.arrays import (
     automatic,
     rearranged,
@@ -25,6 +24,7 @@ from proma_jax._mesh.arrays import (
 )
 from proma_jax._mesh.axes import Spec, axis_names, explicit_batch_axes
 from proma_jax._mesh.layout import Layout, layout_of
+from proma_jax._mesh.lookups import shared
 from proma_jax._mesh.scores import with_layout
 from proma_jax.arithmetic import layer_norms
 from proma_jax.capture.checks import DIFFERENTIATED, noted
@@ -334,7 +334,7 @@ class Plan:
         scores = [
             with_layout(of_slot, layout)
             if self.leaves[leaf].accumulates
-            else lookups.by_column(of_slot, batch_axes)
+            else shared(of_slot, batch_axes)
             for leaf, of_slot, layout in zip(of_leaves, made, layouts, strict=True)
         ]
         seen = [
@@ -342,10 +342,11 @@ class Plan:
             for slot, of_slot in zip(slots, layers, strict=True)
         ]
         parts = self._parts(of_leaves, seen, scores, coefficients, numbers)
-        rows = zip(slots, layers, scores, seen, parts, strict=True)
-        for slot, of_slot, leaf_scores, before, part in rows:
-            added, spec = part.added.astype(before.dtype), self._added_spec(slot, totals[slot.leaf])
-            after = before + lookups.by_row(added, leaf_scores, batch_axes, spec)
+        for slot, of_slot, before, part in zip(slots, layers, seen, parts, strict=True):
+            added = spread(
+                part.added.astype(before.dtype), self._added_spec(slot, totals[slot.leaf])
+            )
+            after = before + added
             totals = totals | {slot.leaf: slot.replaced(totals[slot.leaf], of_slot, after)}
         return [part.norms for part in parts], totals
 

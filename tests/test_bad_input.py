@@ -232,3 +232,10 @@ def test_the_first_microbatches_to_remove_are_those_of_exact_arithmetic(x64):
             expected = (m > 0) & (100 * m >= percent * k)
             removes = settings.removes(jnp.asarray(m), jnp.asarray(k), jnp.zeros((), jnp.int32))
             np.testing.assert_array_equal(removes, expected, f"{percent=}")
+        percents = np.arange(101)[:, None]
+        settings = proma.Accumulation(skip_fraction=lambda step: percents / 100)
+        for k in range(1, 65):
+            m = np.arange(k)
+            expected = (m > 0) & (100 * m >= percents * k)
+            removes = settings.removes(jnp.asarray(m), k, jnp.zeros((), jnp.int32))
+            np.testing.assert_array_equal(removes, expected, f"{k=}")

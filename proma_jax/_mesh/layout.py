@@ -41,11 +41,11 @@ from proma_jax._mesh.axes import (
 
 @dataclasses.dataclass(frozen=True)
 class Numbering:
-    """Numbers of sequences that are spread over mesh axes, and others with these in another order.
+    """Two ways to number sequences that are spread over mesh axes: by the axes in either order.
 
     Attributes:
-      sizes: of the mesh axes, first that over which sequences far apart are spread.
-      order: which of them is the first in the other numbering, which the second, and so on.
+      sizes: of the mesh axes, as the sequences' own numbers go through them, the slowest first.
+      order: the same axes, by their places in `sizes`, as the other numbers go through them.
     """
 
     sizes: tuple[int, ...]
@@ -150,7 +150,7 @@ def layout_of(
     return Layout(
         spec,
         by_sequence=PartitionSpec(tuple(batch_axes), *own),
-        numbering=Numbering(sizes, tuple(map(list(batch_axes).index, in_features))),
+        numbering=Numbering(sizes, tuple(list(batch_axes).index(name) for name in in_features)),
         renumbered=PartitionSpec(tuple(in_features), *own),
         by_feature=PartitionSpec(None, *features),
     )

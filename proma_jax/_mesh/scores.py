@@ -50,8 +50,8 @@ class SpreadScores(ScoreLeaf):
       form: the dense form of factors, the same part of every sequence's on each device; None as
         long as it has not been made, or if it does not pay.
       layout: how they, the gradient and `form` are spread.
-      exchanged: whether the dense scores have been. They are then in the layout's other numbering
-        of sequences, which nothing outside of this class sees.
+      exchanged: whether devices have exchanged the dense scores. These then have the layout's other
+        numbers of sequences, while all that the methods take and return has their own.
     """
 
     scores: ScoreLeaf

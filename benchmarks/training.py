@@ -157,6 +157,7 @@ class Ours:
         meter = divergence.Meter(
             policy,
             batch.measured,
+            batch.copies,
             config.training.sequences_at_a_time,
             self._start,
             self._params,

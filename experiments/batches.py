@@ -21,11 +21,13 @@ class Batch(NamedTuple):
     Attributes:
         described: its metrics.
         measured: the rollouts whose KL is measured.
+        copies: how many of those have the same prompt, side by side.
         minibatches: for each optimizer step its microbatches, stacked (k, b, ...).
     """
 
     described: dict[str, float]
     measured: sampling.Rollouts
+    copies: int
     minibatches: list[methods.Microbatch]
 
 
@@ -78,4 +80,5 @@ def divide(
     count = len(problems)
     rows = np.linspace(0, count, settings.kl_sequences or count, endpoint=False, dtype=int)
     measured = jax.tree.map(lambda x: x[rows], rollouts)
-    return Batch(described, measured, [minibatch(share) for share in shares])
+    copies = settings.group_size if settings.kl_sequences is None else 1
+    return Batch(described, measured, copies, [minibatch(share) for share in shares])

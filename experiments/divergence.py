@@ -8,6 +8,7 @@ device forms together in training (`logits_at_a_time`).
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ class Meter:
     Args:
         policy: the policy.
         rollouts: of the batch that the steps learn from.
+        copies: how many of them have the same prompt, side by side.
         at_a_time: most sequences that are measured together.
         start: the policy's parameters when training began.
         before: its parameters before the first step to measure.
@@ -36,11 +38,12 @@ class Meter:
         self,
         policy: sampling.Policy,
         rollouts: sampling.Rollouts,
+        copies: int,
         at_a_time: int,
         start: nnx.State,
         before: nnx.State,
     ):
-        self._see = functools.partial(_see, policy, rollouts, at_a_time)
+        self._see = functools.partial(_see, policy, rollouts, copies, at_a_time)
         self._divergences = functools.partial(_divergences, policy, rollouts.mask, at_a_time)
         self._start, self._latest = jax.block_until_ready((self._see(start), self._see(before)))
 
@@ -63,14 +66,15 @@ class _Seen(NamedTuple):
     hidden: jax.Array
 
 
-def _see(policy, rollouts, at_a_time, params):
-    return _Seen(params, _hidden(policy, rollouts, at_a_time, params))
+def _see(policy, rollouts, copies, at_a_time, params):
+    return _Seen(params, _hidden(policy, rollouts, copies, at_a_time, params))
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "at_a_time"))
-def _hidden(policy, rollouts, at_a_time, params):
-    of_part = functools.partial(sampling.response_hidden, policy, params)
+@functools.partial(jax.jit, static_argnames=("policy", "copies", "at_a_time"))
+def _hidden(policy, rollouts, copies, at_a_time, params):
     at_a_time = _sequences(policy, at_a_time, len(rollouts.mask))
+    together = math.gcd(meshes.share(policy.mesh, at_a_time), copies)
+    of_part = functools.partial(sampling.response_hidden, policy, params, copies=together)
     hidden = _in_parts(policy.mesh, of_part, rollouts, at_a_time)
     return hidden.reshape(-1, *hidden.shape[2:])[: len(rollouts.mask)]
 

@@ -104,9 +104,26 @@ def response_logits(policy: Policy, params: nnx.State, rollouts: Rollouts) -> ja
     return logits_of(policy, params, response_hidden(policy, params, rollouts))
 
 
-def response_hidden(policy: Policy, params: nnx.State, rollouts: Rollouts) -> jax.Array:
-    """Hidden states (..., R, width) before the response tokens, for `logits_of`."""
-    return _before_responses(nnx.merge(policy.graphdef, params), rollouts)
+def response_hidden(
+    policy: Policy, params: nnx.State, rollouts: Rollouts, copies: int = 1
+) -> jax.Array:
+    """Hidden states (..., R, width) before the response tokens, for `logits_of`.
+
+    Of n rollouts with `copies` responses to each prompt side by side, each prompt is read once.
+    """
+    model = nnx.merge(policy.graphdef, params)
+    if copies == 1 or rollouts.mask.shape[1] == 1:  # each is read once anyway
+        return _before_responses(model, rollouts)
+    count, width = rollouts.tokens.shape
+    first = width - rollouts.mask.shape[1]
+    both = rollouts.tokens, rollouts.valid
+    prompts = (x.reshape(-1, copies, width)[:, 0, :first] for x in both)
+    cache = decoder.empty_cache(model.config, count // copies, width - 1)
+    of_prompts, cache = model.extend_hidden(*prompts, cache)
+    before_first = jnp.repeat(of_prompts[:, -1:], copies, axis=0)
+    responses = (x[:, first:-1] for x in both)
+    before_others, _ = model.extend_hidden(*responses, decoder.repeated(cache, copies))
+    return jnp.concatenate([before_first, before_others], axis=1)
 
 
 def logits_of(policy: Policy, params: nnx.State, hidden: jax.Array) -> jax.Array:

@@ -133,6 +133,7 @@ def train(
             meter = divergence.Meter(
                 policy,
                 batch.measured,
+                batch.copies,
                 settings.sequences_at_a_time,
                 start,
                 nnx.merge_state(state.params, frozen),

@@ -62,6 +62,17 @@ def test_sampled_logprobs_are_those_of_the_forward(policy, rollouts):
     assert (np.asarray(rollouts.logprobs)[np.asarray(rollouts.mask)] < 0).all()
 
 
+@pytest.mark.parametrize("width", [1, WIDTH])
+def test_hidden_states_are_the_same_if_each_prompt_is_read_once(policy, width):
+    policy, params = policy
+    policy = policy._replace(response_width=width)
+    groups = sampling.respond(policy, params, PROMPTS[:4], jax.random.key(0), copies=3)
+    found = sampling.response_hidden(policy, params, groups, copies=3)
+    expected = sampling.response_hidden(policy, params, groups)
+    mask = groups.mask[..., None]
+    chex.assert_trees_all_close(found * mask, expected * mask, atol=1e-5)
+
+
 def test_the_end_token_gets_a_gradient(policy, rollouts):
     policy, params = policy
     ended = int(np.flatnonzero((rollouts.responses == END).any(axis=1))[0])

@@ -1,7 +1,7 @@
 """The methods compared: what each takes as a microbatch's gradient, and its chain of transforms.
 
 Everything else (rollouts, advantages, weights, microbatches, clipping, AdamW) is the same for all.
-Clipping and AdamW sit inside the accumulation, where they see the whole optimizer step's gradient.
+Clipping and AdamW come after the accumulation, where they see the whole optimizer step's gradient.
 """
 
 import dataclasses
@@ -156,10 +156,6 @@ def _make_method(
         _, scores = scores_fn(params, microbatch.rollouts)
         return proma.weighted_sum(scores, microbatch.coefficients), {"scores": scores}
 
-    def plainly_accumulated(inner):
-        steps = optax.MultiSteps(inner, microbatches, use_grad_mean=False)
-        return steps.gradient_transformation()
-
     def rescale(update_length):
         return optax.chain(optax.normalize_by_update_norm(eps=0.0), optax.scale(update_length))
 
@@ -183,89 +179,98 @@ def _make_method(
     intra = proma.Intra(rank=config.rank, shrinkage=config.shrinkage)
     if config.fused and name in ("proma_accumulation", "proma_intra", "proma_both"):
 
-        def fused(frozen, params, *arguments):
+        def fused(params, step, minibatch, frozen):
             gradient_fn = proma.accumulated_gradient(
                 sequence_logprob(frozen),
                 accumulation=None if name == "proma_intra" else accumulation,
                 intra=None if name == "proma_accumulation" else intra,
                 **meshes.named(policy.mesh, params),
             )
-            return gradient_fn(params, *arguments)
+            grads, metrics = gradient_fn(params, *minibatch, step)
+            return grads, step + 1, {name: getattr(metrics, name) for name in FRACTIONS}
 
-        return _at_once(fused, inner, policy.mesh)
-    one_by_one = functools.partial(_one_by_one, mesh=policy.mesh)
-    accumulated = proma.accumulate(inner, microbatches, **dataclasses.asdict(accumulation))
+        return _method(lambda params: jnp.int32(0), fused, inner, policy.mesh)
+    accumulated = proma.accumulate(
+        optax.identity(), microbatches, **dataclasses.asdict(accumulation)
+    )
     projected = proma.project_intra(**dataclasses.asdict(intra))
-    match name:
-        case "reinforce":
-            return one_by_one(loss_gradient(reinforce_loss), plainly_accumulated(inner))
-        case "grpo" | "grpo_matched":
-            return one_by_one(loss_gradient(clipped_loss), plainly_accumulated(inner))
-        case "proma_accumulation":
-            return one_by_one(score_gradient, accumulated)
-        case "proma_intra":
-            return one_by_one(score_gradient, optax.chain(projected, plainly_accumulated(inner)))
-        case "proma_both":
-            return one_by_one(score_gradient, optax.chain(projected, accumulated))
+    unchanged = optax.with_extra_args_support(optax.identity())
+    gradient, projection = {
+        "reinforce": (loss_gradient(reinforce_loss), unchanged),
+        "grpo": (loss_gradient(clipped_loss), unchanged),
+        "grpo_matched": (loss_gradient(clipped_loss), unchanged),
+        "proma_accumulation": (score_gradient, accumulated),
+        "proma_intra": (score_gradient, projected),
+        "proma_both": (score_gradient, optax.chain(projected, accumulated)),
+    }[name]
+    summed = _one_by_one(gradient, projection, policy.mesh)
+    return _method(projection.init, summed, inner, policy.mesh)
 
 
-def _one_by_one(
-    gradient: Callable[[nnx.State, Microbatch, nnx.State], tuple[nnx.State, dict[str, Any]]],
-    optimizer: optax.GradientTransformationExtraArgs,
-    mesh: jax.sharding.Mesh | None,
-) -> Method:
-    """Hands the gradient of each microbatch to an optimizer that moves at the last.
+class OptState(NamedTuple):
+    """The states of a method's projection and of the optimizer that follows it."""
 
-    Args:
-        gradient: (params, microbatch, frozen) to its loss gradient and the optimizer's extra
-            arguments.
-        optimizer: accumulates the gradients.
-        mesh: over which parameters and state stay spread.
-    """
-
-    def step(params, opt_state, minibatch, frozen):
-        def accumulate(carry, microbatch):
-            params, opt_state = carry
-            grads, extra = gradient(params, microbatch, frozen)
-            updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
-            removed = {name: optax.tree.get(opt_state, name, 0.0) for name in FRACTIONS}
-            params = optax.apply_updates(params, updates)
-            return meshes.kept_spread(mesh, (params, opt_state)), removed
-
-        after, removed = jax.lax.scan(accumulate, (params, opt_state), minibatch)
-        return *meshes.kept_spread(mesh, after), removed
-
-    return Method(optimizer.init, step)
-
-
-class AtOnceState(NamedTuple):
-    """The optimizer's state, and how many steps it has taken."""
-
+    projection: Any
     inner: optax.OptState
-    steps: jax.Array
 
 
-def _at_once(
-    gradient_fn: Callable[..., Any],
+Gradient = Callable[[nnx.State, Any, Microbatch, nnx.State], tuple[nnx.State, Any, dict[str, Any]]]
+"""From (params, projection_state, minibatch, frozen) to the gradient of an optimizer step, the
+projection's new state, and for each of `FRACTIONS` its values (k,)."""
+
+
+def _method(
+    init: Callable[[nnx.State], Any],
+    gradient: Gradient,
     inner: optax.GradientTransformation,
     mesh: jax.sharding.Mesh | None,
 ) -> Method:
-    """Hands the gradient of all microbatches together to the optimizer.
+    """Hands the gradient of all microbatches to the optimizer.
 
     Args:
-        gradient_fn: (frozen, params, rollouts, coefficients, step) to the gradient and its metrics.
+        init: from parameters to the projection's state.
+        gradient: of all microbatches.
         inner: the optimizer.
         mesh: over which parameters and state stay spread.
     """
 
-    def init(params):
-        return AtOnceState(inner.init(params), jnp.int32(0))
-
     def step(params, opt_state, minibatch, frozen):
-        grads, metrics = gradient_fn(frozen, params, *minibatch, opt_state.steps)
+        grads, projection, removed = gradient(params, opt_state.projection, minibatch, frozen)
         updates, state = inner.update(grads, opt_state.inner, params)
-        removed = {name: getattr(metrics, name) for name in FRACTIONS}
-        after = optax.apply_updates(params, updates), AtOnceState(state, opt_state.steps + 1)
+        after = optax.apply_updates(params, updates), OptState(projection, state)
         return *meshes.kept_spread(mesh, after), removed
 
-    return Method(init, step)
+    return Method(lambda params: OptState(init(params), inner.init(params)), step)
+
+
+def _one_by_one(
+    gradient: Callable[[nnx.State, Microbatch, nnx.State], tuple[nnx.State, dict[str, Any]]],
+    projection: optax.GradientTransformationExtraArgs,
+    mesh: jax.sharding.Mesh | None,
+) -> Gradient:
+    """Sums what a projection makes of the gradient of each microbatch.
+
+    The optimizer is not called in this loop, which would carry its state through every microbatch.
+
+    Args:
+        gradient: (params, microbatch, frozen) to its loss gradient and the projection's extra
+            arguments.
+        projection: of a microbatch's gradient. One that accumulates by itself gives zeros until the
+            last microbatch.
+        mesh: over which sum and state stay spread.
+    """
+
+    def summed(params, state, minibatch, frozen):
+        def add(carry, microbatch):
+            total, state = carry
+            grads, extra = gradient(params, microbatch, frozen)
+            grads, state = projection.update(grads, state, params, **extra)
+            removed = {name: optax.tree.get(state, name, 0.0) for name in FRACTIONS}
+            total = optax.tree.add(total, grads)
+            return meshes.kept_spread(mesh, (total, state)), removed
+
+        zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
+        (total, state), removed = jax.lax.scan(add, (zeros, state), minibatch)
+        return optax.tree.cast_like(total, params), state, removed
+
+    return summed

@@ -1,6 +1,7 @@
 """A run on a mesh of eight virtual devices is that of one device, but for rounding."""
 
 import dataclasses
+import functools
 import pathlib
 
 import chex
@@ -115,9 +116,13 @@ def test_adapters_and_methods_outside_of_the_backward_pass_train_alike(method, r
     trained = warm_start.warm_start(tiny.START, tmp_path / "start")
     policy, params = starts.adapted(*trained, ModelConfig(lora=rank))
 
+    leaves = functools.partial(jax.tree.leaves, is_leaf=lambda x: x is None)
+
     def check_that_the_next_step_is_given_the_same(update):
-        (params, opt_state, *_), _ = update.input_shardings
-        chex.assert_trees_all_equal(update.output_shardings[:2], (params, opt_state))
+        given, _ = update.input_shardings
+        pairs = [leaves(shardings[:2]) for shardings in (given, update.output_shardings)]
+        for before, after in zip(*pairs, strict=True):
+            assert before in (None, after)  # None: what `update` does not read
 
     def train(mesh):
         made = meshes.MeshConfig(mesh).made()

@@ -38,6 +38,7 @@ from typing import Any, NoReturn, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
@@ -134,8 +135,8 @@ def _saving(checkpoints: pathlib.Path) -> Iterator[None]:
 
 
 @jax.jit
-def _are_finite(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.isfinite(x).all() for x in arrays]
+def _are_finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays])
 
 
 class Preempted(Exception):
@@ -373,9 +374,10 @@ class Run:
         """
         leaves = jax.tree_util.tree_leaves_with_path(state)
         floats = {path: x for path, x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)}
+        are_finite = np.asarray(_are_finite(list(floats.values())))
         found = [f"{name} {x}" for name, x in row.items() if not math.isfinite(x)] + [
             jax.tree_util.keystr(path)
-            for path, is_finite in zip(floats, _are_finite(list(floats.values())), strict=True)
+            for path, is_finite in zip(floats, are_finite, strict=True)
             if not is_finite
         ]
         if found:

@@ -19,7 +19,7 @@ from flax import nnx
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from experiments import checked, meshes
+from experiments import checked, meshes, next_token
 from experiments.models import decoder, tokens
 from experiments.tasks import task
 from proma_jax import policy_gradient as pg
@@ -155,20 +155,6 @@ def _before_responses(model: decoder.Decoder, rollouts: Rollouts) -> jax.Array:
     return hidden[..., first - 1 : -1, :]
 
 
-def _drawn(logits: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Logits (n, V), with -inf for the tokens that top-k and top-p leave out."""
-    if config.top_k is not None:
-        least = jax.lax.top_k(logits, min(config.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if config.top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(ordered)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        least = jnp.min(jnp.where(before < config.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return logits
-
-
 class _Sampled(NamedTuple):
     """What sampling carries from one token to the next, n sequences side by side."""
 
@@ -232,7 +218,7 @@ def sample(
             token = jnp.argmax(logits, axis=-1)
         else:
             noise = jax.random.fold_in(key, now.length)
-            token = jax.random.categorical(noise, _drawn(logits, config))
+            token = next_token.drawn(noise, logits, top_p=config.top_p, top_k=config.top_k)
         token = jnp.where(now.running, token, pad).astype(jnp.int32)
         logprob = pg.token_logprobs(logits, token, now.running)
         return now._replace(

@@ -354,6 +354,30 @@ def test_the_inner_optimizer_takes_one_step_per_emission_and_none_between(inner,
             assert_close((updates, state.inner_opt_state), (gradient, before), 0)
 
 
+def test_the_optimizer_may_follow_a_loop_over_the_microbatches():
+    inner, grads_only = optax.adam(0.1), proma.accumulate(KEEP, 4)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *STEPS)
+
+    @jax.jit
+    def step(state, inner_state):
+        def add(carry, microbatch):
+            total, state = carry
+            grads, scores = microbatch
+            emitted, state = grads_only.update(grads, state, PARAMS, scores=scores)
+            return (optax.tree.add(total, emitted), state), None
+
+        zeros = optax.tree.zeros_like(PARAMS)
+        (gradient, state), _ = jax.lax.scan(add, (zeros, state), stacked)
+        updates, inner_state = inner.update(gradient, inner_state, PARAMS)
+        return updates, state, inner_state
+
+    updates, state, inner_state = step(grads_only.init(PARAMS), inner.init(PARAMS))
+    emitted, expected = run(proma.accumulate(inner, 4), STEPS)
+    assert_close(updates, emitted[-1])
+    assert_close(inner_state, expected.inner_opt_state)
+    assert proma.has_updated(state)
+
+
 def test_schedule_free_outside_moves_the_parameters_between_emissions():
     tx = optax.contrib.schedule_free(proma.accumulate(optax.sgd(0.1), 2), 0.1)
     emitted, state = run(tx, STEPS[:3])

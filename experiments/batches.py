@@ -60,7 +60,7 @@ def divide(
     problems, rng = _problems(config, batch)
     grades = graded(config.task.made, problems, sampling.texts(policy, rollouts))
     rewards = grades["reward"].reshape(-1, settings.group_size)
-    advantages = np.asarray(pg.group_relative_advantages(rewards)).ravel()
+    advantages = np.asarray(jax.jit(pg.group_relative_advantages)(rewards)).ravel()
     rollouts = sampling.trimmed(rollouts)
 
     def minibatch(share):

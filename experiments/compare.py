@@ -121,11 +121,11 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
     if command.processes > 1:
         pool.prepare(command)
     start = report.start(command, command.start_directory, stopping, mesh)
+    # What grpo_matched waits for goes first, so that no process is idle at the end.
+    at_once = [method for method in command.methods if method != "grpo_matched"]
+    at_once.sort(key=lambda method: method != "proma_accumulation")
     cells = collections.deque(
-        _cell(command, method, seed)
-        for seed in command.seeds
-        for method in command.methods
-        if method != "grpo_matched"
+        _cell(command, method, seed) for seed in command.seeds for method in at_once
     )
     if command.processes == 1:
         work = _one_by_one(cells, start, stopping)

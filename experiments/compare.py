@@ -121,9 +121,9 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
     if command.processes > 1:
         pool.prepare(command)
     start = report.start(command, command.start_directory, stopping, mesh)
-    # What grpo_matched waits for goes first, so that no process is idle at the end.
     at_once = [method for method in command.methods if method != "grpo_matched"]
-    at_once.sort(key=lambda method: method != "proma_accumulation")
+    # The longest go first, one of which grpo_matched waits for: no process is idle at the end.
+    at_once.sort(key=lambda method: not method.startswith("proma"))
     cells = collections.deque(
         _cell(command, method, seed) for seed in command.seeds for method in at_once
     )

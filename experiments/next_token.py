@@ -37,7 +37,8 @@ def drawn(
     blocks = jnp.pad(probabilities, padding).reshape(count, -1, size)
     of_block, in_block = jax.random.split(key)
     block = _place(of_block, blocks.sum(axis=-1))
-    return block * size + _place(in_block, blocks[jnp.arange(count), block])
+    chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * size + _place(in_block, chosen)
 
 
 def _allowed(logits: jax.Array, top_p: float, top_k: int | None) -> jax.Array:

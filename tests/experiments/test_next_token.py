@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import next_token
 
@@ -42,3 +43,12 @@ def test_what_is_left_out_is_never_drawn(settings):
 def test_a_token_that_has_all_the_probability_is_always_drawn():
     logits = jnp.full((1000, 77), -jnp.inf).at[:, 76].set(0.0)
     assert (next_token.drawn(jax.random.key(0), logits) == 76).all()
+
+
+def test_devices_that_share_the_rows_need_not_communicate():
+    mesh = jax.make_mesh((8,), ("rows",), (jax.sharding.AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("rows"))
+    logits = jax.ShapeDtypeStruct((64, 1000), jnp.float32, sharding=rows)
+    draw = jax.jit(next_token.drawn, out_shardings=rows)
+    program = draw.lower(jax.random.key(0), logits).compile().as_text()
+    assert not any(name in program for name in ("all-gather", "all-reduce", "all-to-all"))

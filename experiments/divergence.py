@@ -8,7 +8,6 @@ device forms together in training (`logits_at_a_time`).
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -73,8 +72,8 @@ def _see(policy, rollouts, copies, at_a_time, params):
 @functools.partial(jax.jit, static_argnames=("policy", "copies", "at_a_time"))
 def _hidden(policy, rollouts, copies, at_a_time, params):
     at_a_time = _sequences(policy, at_a_time, len(rollouts.mask))
-    together = math.gcd(meshes.share(policy.mesh, at_a_time), copies)
-    of_part = functools.partial(sampling.response_hidden, policy, params, copies=together)
+    shared = meshes.together(policy.mesh, at_a_time, copies)
+    of_part = functools.partial(sampling.response_hidden, policy, params, copies=shared)
     hidden = _in_parts(policy.mesh, of_part, rollouts, at_a_time)
     return hidden.reshape(-1, *hidden.shape[2:])[: len(rollouts.mask)]
 

@@ -194,6 +194,11 @@ def share(mesh: Mesh | None, count: int) -> int:
     return count if mesh is None else count // mesh.size
 
 
+def together(mesh: Mesh | None, count: int, copies: int) -> int:
+    """Of `copies` sequences side by side among `count`, how many are always on one device."""
+    return math.gcd(share(mesh, count), copies)
+
+
 def kept_rows(mesh: Mesh | None, tree: Tree, axis: int = 0) -> Tree:
     """As `rows`, inside of `jax.jit`."""
     if mesh is None:

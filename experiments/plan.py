@@ -122,7 +122,7 @@ def programs(command: Command, mesh: Mesh) -> Iterator[Program]:
         return jax.tree.map(lambda x: x.reshape(*counts, -1), padding)
 
     together = min(settings.sequences_at_a_time, settings.prompts * settings.group_size)
-    copies = math.gcd(meshes.share(mesh, together), settings.group_size)
+    copies = meshes.together(mesh, together, settings.group_size)
     prompts = together // copies, policy.prompt_width
     yield Program(
         f"sampling, {together} sequences at a time",

@@ -8,7 +8,6 @@ A policy is a `Policy`, which never changes, and its `params`, as `nnx.split(Dec
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
@@ -288,8 +287,7 @@ def respond(
     cut = policy.prompt_width - _bucket(valid[:, ::-1])
     count = len(prompts) * copies
     at_a_time = meshes.multiple(policy.mesh, min(at_a_time or count, count))
-    # Of the responses to a prompt, those always together, and on one device.
-    shared = math.gcd(meshes.share(policy.mesh, at_a_time), copies)
+    shared = meshes.together(policy.mesh, at_a_time, copies)
     firsts = range(0, count, at_a_time)
     keys = [key] if key is None or len(firsts) == 1 else jax.random.split(key, len(firsts))
     sampled = []

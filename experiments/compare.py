@@ -1,6 +1,7 @@
 """`python -m experiments.compare`: all methods from one start, then the table and the figures."""
 
 import collections
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -120,31 +121,39 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
     report.settings(command, mesh=mesh)
     if command.processes > 1:
         pool.prepare(command)
-    start = report.start(command, command.start_directory, stopping, mesh)
-    at_once = [method for method in command.methods if method != "grpo_matched"]
-    # The longest go first, one of which grpo_matched waits for: no process is idle at the end.
-    at_once.sort(key=lambda method: not method.startswith("proma"))
+
+    def start(before_training=lambda: None):
+        return report.start(command, command.start_directory, stopping, mesh, before_training)
+
+    at_once = [
+        _cell(command, method, seed)
+        for seed in command.seeds
+        for method in command.methods
+        if method != "grpo_matched"
+    ]
+    # The longest go first, for some of which grpo_matched waits: none is idle long at the end.
     cells = collections.deque(
-        _cell(command, method, seed) for seed in command.seeds for method in at_once
+        sorted(at_once, key=lambda cell: not cell.config.method.startswith("proma"))
     )
     if command.processes == 1:
-        work = _one_by_one(cells, start, stopping)
+        work = _one_by_one(cells, start(), stopping)
     else:
-        work = _side_by_side(command, cells, stopping)
+        work = _side_by_side(command, cells, start, stopping)
     found = {}
     for cell, rows in work:
         method, seed = cell.config.method, cell.config.seed
         found[method, seed] = rows
         if method == "proma_accumulation" and "grpo_matched" in command.methods:
-            cells.appendleft(_cell(command, "grpo_matched", seed, update_norms(rows)))
+            cells.append(_cell(command, "grpo_matched", seed, update_norms(rows)))
     results: figures.Results = {
         method: [found[method, seed] for seed in command.seeds] for method in command.methods
     }
     named = {figures.LABELS[method]: runs for method, runs in results.items()}
     report.terminal.print(report.summary(named, command.processes))
     title = f"{command.task.name}, {command.training.microbatches} microbatches per optimizer step"
-    figure_folder = command.directory / "figures"
-    drawn = processes.by_first(lambda: figures.draw(results, title, figure_folder))
+    folder = command.directory / "figures"
+    each = map if command.processes == 1 else functools.partial(pool.each, command)
+    drawn = processes.by_first(lambda: figures.draw(results, title, folder, each))
     report.terminal.print(
         f"Settings, environment, metrics, checkpoints: {command.directory}/<method>/seed_<seed>, "
         "unless said above\n"
@@ -169,12 +178,13 @@ def _one_by_one(
 def _side_by_side(
     command: Command,
     cells: collections.deque[pool.Cell],
+    start: Callable[[Callable[[], None]], object],
     stopping: Callable[[], bool],
 ) -> Iterator[tuple[pool.Cell, list[records.Row]]]:
     """The same, worked on by several processes, which read the start themselves."""
     count = len(command.methods) * len(command.seeds)
     report.say(f"{count} runs, {command.processes} at a time, each in a process of its own")
-    for number, (cell, outcome) in enumerate(pool.outcomes(command, cells, stopping), 1):
+    for number, (cell, outcome) in enumerate(pool.outcomes(command, cells, start, stopping), 1):
         if outcome.not_finite is not None:
             raise outcome.not_finite
         how = f"{outcome.seconds:.0f} s" if outcome.seconds else "complete already"

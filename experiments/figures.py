@@ -3,17 +3,25 @@
 Greedy validation reward, per-step KL and KL to the start against the optimizer step, and the
 validation reward against the cumulative KL: a low KL may only mean a small step, so the last one
 shows what each nat bought. Every method has a column of its own, with the others in grey behind it.
+
+matplotlib, which takes seconds to import, is imported when the figures are drawn.
 """
 
+from __future__ import annotations
+
+import functools
 import pathlib
 import textwrap
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib import axes, figure
 
 from experiments import records
 from experiments.methods import MethodName
+
+if TYPE_CHECKING:
+    from matplotlib import axes, figure
 
 Results = dict[MethodName, list[list[records.Row]]]
 
@@ -84,6 +92,8 @@ def _draw(place: axes.Axes, results: Results, method: MethodName, panel: _Panel)
 
 def _figure(results: Results, panels: list[_Panel], title: str) -> figure.Figure:
     """A row for each panel, a column for each method."""
+    from matplotlib import figure
+
     rows, columns = len(panels), len(results)
     size = (max(5, 1 + 1.7 * columns), 1.6 + 1.5 * rows)
     drawn = figure.Figure(figsize=size, layout="constrained")
@@ -113,13 +123,19 @@ def _key(results: Results) -> str:
     return key + (" Grey: the lines of the other methods." if len(results) > 1 else "")
 
 
-def draw(results: Results, title: str, directory: pathlib.Path) -> list[pathlib.Path]:
+def draw(
+    results: Results,
+    title: str,
+    directory: pathlib.Path,
+    each: Callable[..., Iterable[None]] = map,
+) -> list[pathlib.Path]:
     """Draws each figure, and all four in one, as PNG files in `directory`.
 
     Args:
         results: per method the metrics of its runs, one per seed.
         title: what was run, for example the task.
         directory: made if it is not there.
+        each: calls a function for each figure, as `map` does; one from `pool` does it side by side.
 
     Returns:
         The files, the one with all four first.
@@ -128,6 +144,9 @@ def draw(results: Results, title: str, directory: pathlib.Path) -> list[pathlib.
     contents = {"comparison": list(_PANELS.values())}
     contents |= {name: [panel] for name, panel in _PANELS.items()}
     files = [directory / f"{name}.png" for name in contents]
-    for file, panels in zip(files, contents.values(), strict=True):
-        _figure(results, panels, title).savefig(file, dpi=150)
+    list(each(functools.partial(_save, results, title), files, contents.values()))
     return files
+
+
+def _save(results: Results, title: str, file: pathlib.Path, panels: list[_Panel]) -> None:
+    _figure(results, panels, title).savefig(file, dpi=150)

@@ -3,29 +3,34 @@
 Each is an ordinary run in a folder of its own, which `training.train` goes on with or, if it is
 finished, takes as it is: that is all there is to resuming. The processes end with the one that
 started them, however that ends. They keep compiled programs for each other, in `programs` of the
-folder that the runs are in.
+folder that the runs are in, and one compiles while a warm start is trained.
 """
 
 import collections
+import contextlib
+import dataclasses
 import functools
 import logging
 import multiprocessing
 import os
 import pathlib
 import signal
+import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from multiprocessing import forkserver, synchronize
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 from flax import nnx
 
-from experiments import files, loggers, records, report, sampling, training
+from experiments import files, loggers, records, report, sampling, starts, training
 from experiments.configs import RunConfig
+
+Result = TypeVar("Result")
 
 
 class Command(report.Settings, Protocol):
@@ -71,13 +76,18 @@ def prepare(command: Command) -> None:
 
 
 def outcomes(
-    command: Command, cells: collections.deque[Cell], stopping: Callable[[], bool]
+    command: Command,
+    cells: collections.deque[Cell],
+    start: Callable[[Callable[[], None]], object],
+    stopping: Callable[[], bool],
 ) -> Iterator[tuple[Cell, Outcome]]:
     """Each cell when it is done, worked on by processes that are asked to stop if this one is.
 
     Args:
         command: what the cells have in common, and how many are worked on at a time.
         cells: taken from its left end. More may be added after any outcome.
+        start: makes what they start from, in this process. If that takes training, it first calls
+            what it is given, and a process compiles what the first cell needs meanwhile.
         stopping: True stops the work.
 
     Raises:
@@ -85,15 +95,22 @@ def outcomes(
         records.Preempted: `stopping` said so; what was done is saved.
     """
     context = multiprocessing.get_context("forkserver")
-    stop = context.Event()
+    stop, is_started = context.Event(), context.Event()
+    arguments = command, stop, is_started
     done = 0
     work: dict[futures.Future[Outcome], Cell] = {}
-    with futures.ProcessPoolExecutor(command.processes, context, _begin, (stop,)) as pool:
+    with futures.ProcessPoolExecutor(command.processes, context, _begin, arguments) as pool:
+
+        def submit():
+            cell = cells.popleft()
+            work[pool.submit(_run, command, cell)] = cell
+
         try:
+            start(submit)
+            is_started.set()
             while cells or work:
                 while cells and len(work) < command.processes:
-                    cell = cells.popleft()
-                    work[pool.submit(_run, command, cell)] = cell
+                    submit()
                 ended, _ = futures.wait(work, 0.2, futures.FIRST_COMPLETED)
                 if stopping():
                     raise records.Preempted(
@@ -112,13 +129,21 @@ def outcomes(
             pool.shutdown(cancel_futures=True)
 
 
+def each(command: Command, work: Callable[..., Result], *items: Iterable[Any]) -> list[Result]:
+    """What `map` gives, of a function that the processes call side by side."""
+    context = multiprocessing.get_context("forkserver")
+    with futures.ProcessPoolExecutor(command.processes, context) as pool:
+        return list(pool.map(work, *items))
+
+
 _stop: synchronize.Event
+_is_started: synchronize.Event
 
 
-def _begin(stop: synchronize.Event) -> None:
+def _begin(command: Command, stop: synchronize.Event, is_started: synchronize.Event) -> None:
     """Makes a process ready to work on cells."""
-    global _stop
-    _stop = stop
+    global _stop, _is_started
+    _stop, _is_started = stop, is_started
     for number in (signal.SIGTERM, signal.SIGINT):  # the process that started it says when to stop
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -126,6 +151,7 @@ def _begin(stop: synchronize.Event) -> None:
     logging.disable()
     # A program that another process is just writing into the cache is compiled here as well.
     warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+    _keep_programs(command)
 
 
 def _end_with_parent() -> None:
@@ -146,12 +172,15 @@ def _keep_programs(command: Command) -> None:
 @functools.cache
 def _start(command: Command) -> tuple[sampling.Policy, nnx.State]:
     """What all cells start from, read once by each process."""
-    _keep_programs(command)
     return report.start(command, command.start_directory, _stop.is_set)
 
 
 def _run(command: Command, cell: Cell) -> Outcome:
     """Works on a cell until its run is finished or has numbers that are not finite."""
+    if not _is_started.is_set():
+        _compile(cell.config)
+    while not (_stop.is_set() or _is_started.wait(0.2)):
+        pass
     if _stop.is_set():
         raise records.Preempted
     began = time.monotonic()
@@ -178,3 +207,13 @@ def _run(command: Command, cell: Cell) -> Outcome:
             not_finite = error
     [(directory, is_finished)] = opened
     return Outcome(directory, 0.0 if is_finished else time.monotonic() - began, not_finite)
+
+
+def _compile(config: RunConfig) -> None:
+    """Compiles what a run needs, by its first batch from a decoder that is not trained."""
+    settings = dataclasses.replace(config.training, steps=config.training.steps_per_batch)
+    first = dataclasses.replace(config, training=settings)
+    policy, params = starts.untrained(config.task, config.model, config.start)
+    stopped = contextlib.suppress(files.Failure, records.Preempted)  # the run itself tells of it
+    with stopped, tempfile.TemporaryDirectory() as folder:
+        training.train(first, policy, params, pathlib.Path(folder), stopping=_stop.is_set)

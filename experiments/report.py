@@ -203,6 +203,7 @@ def start(
     directory: pathlib.Path,
     stopping: Callable[[], bool],
     mesh: jax.sharding.Mesh | None = None,
+    before_training: Callable[[], None] = lambda: None,
 ) -> tuple[sampling.Policy, nnx.State]:
     """The start, with the progress of a warm start while it trains on one device."""
     if of.model.model is not None:
@@ -210,12 +211,18 @@ def start(
         how = f"as it is in {of.model.model}"
     else:
         with _Shown("warm start", None) as shown:
+
+            def on_open(run, finished):
+                shown.opened(run, finished)
+                if not finished:
+                    before_training()
+
             policy, params = warm_start.warm_start(
                 warm_start.StartConfig(of.task, of.start),
                 directory,
                 shown.row,
                 stopping,
-                shown.opened,
+                on_open,
             )
         last = records.read_metrics(shown.directory)[-1]
         how = (

@@ -160,15 +160,18 @@ def _sweep(command: Command, cells: list[pool.Cell], stopping: Callable[[], bool
     began = time.monotonic()
     report.settings(command, command.learning_rates)
     pool.prepare(command)
-    report.start(command, command.start_directory, stopping)
     report.say(
         f"Sweep: {len(cells)} runs, {len(command.variants)} variants x "
         f"{len(command.learning_rates)} learning rates x {len(command.seeds)} seeds, "
         f"{command.processes} at a time"
     )
+
+    def start(before_training):
+        report.start(command, command.start_directory, stopping, before_training=before_training)
+
     saved: list[plot.Saved] = []
     seconds: list[float] = []
-    for cell, outcome in pool.outcomes(command, collections.deque(cells), stopping):
+    for cell, outcome in pool.outcomes(command, collections.deque(cells), start, stopping):
         saved.append(plot.read(outcome.directory))
         how = "complete already"
         if outcome.seconds:

@@ -1,15 +1,18 @@
 """A comparison by two processes: killed in the middle, it ends as one by a single process does."""
 
+import collections
 import dataclasses
 import io
 import multiprocessing
 import signal
+import threading
 import time
 
+import jax
 import pytest
 from rich import console
 
-from experiments import compare, configs, files, loggers, pool, records, report
+from experiments import compare, configs, files, loggers, methods, pool, records, report, training
 from tests.experiments import tiny
 
 SETTINGS = configs.TrainingConfig(
@@ -85,9 +88,44 @@ def test_a_killed_comparison_by_two_processes_ends_like_one_by_one(command, monk
 
 
 def test_numbers_that_are_not_finite_end_a_comparison(command, monkeypatch):
-    def outcomes(command, cells, stopping):
+    def outcomes(command, cells, start, stopping):
         yield cells[0], pool.Outcome(cells[0].directory, 1.0, records.NotFinite("Step 3 gave"))
 
     monkeypatch.setattr(pool, "outcomes", outcomes)
     with pytest.raises(records.NotFinite, match="Step 3"):
         compare.main(command)
+
+
+@pytest.fixture
+def cell(command):
+    training = dataclasses.replace(SETTINGS, steps=4, method=methods.MethodConfig(clip=0.123))
+    config = configs.RunConfig("grpo", task=command.task, start=command.start, training=training)
+    return pool.Cell("grpo", command.directory / "run", config)
+
+
+def test_the_first_run_is_with_a_process_before_the_start_is_trained(command, cell):
+    cells = collections.deque([cell])
+
+    def start(before_training):
+        before_training()
+        assert not cells
+        assert not cell.directory.exists()
+        report.start(command, command.start_directory, lambda: False)
+
+    [(done, outcome)] = pool.outcomes(command, cells, start, lambda: False)
+    assert done == cell
+    assert outcome.not_finite is None
+    assert [row["step"] for row in records.read_metrics(cell.directory)] == [0, 1, 2, 3, 4]
+
+
+def test_what_a_run_needs_is_compiled_from_an_untrained_start(command, cell, monkeypatch, caplog):
+    monkeypatch.setattr(pool, "_stop", threading.Event(), raising=False)
+    policy, params = report.start(command, command.start_directory, lambda: False)
+    with jax.log_compiles():
+        pool._compile(cell.config)
+        assert "jit(update)" in caplog.text
+        caplog.clear()
+        training.train(cell.config, policy, params, cell.directory)
+    assert "jit(update)" not in caplog.text
+    assert "jit(sample)" not in caplog.text
+    assert "jit(_hidden)" not in caplog.text

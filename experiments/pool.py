@@ -2,8 +2,9 @@
 
 Each is an ordinary run in a folder of its own, which `training.train` goes on with or, if it is
 finished, takes as it is: that is all there is to resuming. The processes end with the one that
-started them, however that ends. They keep compiled programs for each other, in `programs` of the
-folder that the runs are in, and one compiles while a warm start is trained.
+started them, however that ends. They share the CPU's cores evenly, and keep compiled programs for
+each other, in `programs` of the folder that the runs are in. One compiles while a warm start is
+trained.
 """
 
 import collections
@@ -21,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from multiprocessing import forkserver, synchronize
+from multiprocessing import forkserver, sharedctypes, synchronize
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -95,8 +96,8 @@ def outcomes(
         records.Preempted: `stopping` said so; what was done is saved.
     """
     context = multiprocessing.get_context("forkserver")
-    stop, is_started = context.Event(), context.Event()
-    arguments = command, stop, is_started
+    stop, is_started, begun = context.Event(), context.Event(), context.Value("i", 0)
+    arguments = command, stop, is_started, begun
     done = 0
     work: dict[futures.Future[Outcome], Cell] = {}
     with futures.ProcessPoolExecutor(command.processes, context, _begin, arguments) as pool:
@@ -140,10 +141,18 @@ _stop: synchronize.Event
 _is_started: synchronize.Event
 
 
-def _begin(command: Command, stop: synchronize.Event, is_started: synchronize.Event) -> None:
-    """Makes a process ready to work on cells."""
+def _begin(
+    command: Command,
+    stop: synchronize.Event,
+    is_started: synchronize.Event,
+    begun: "sharedctypes.Synchronized[int]",
+) -> None:
+    """Makes a process ready to work on cells, and adds it to those that have begun."""
     global _stop, _is_started
     _stop, _is_started = stop, is_started
+    with begun.get_lock():
+        _keep_to_share(begun.value, command.processes)
+        begun.value += 1
     for number in (signal.SIGTERM, signal.SIGINT):  # the process that started it says when to stop
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -152,6 +161,17 @@ def _begin(command: Command, stop: synchronize.Event, is_started: synchronize.Ev
     # A program that another process is just writing into the cache is compiled here as well.
     warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
     _keep_programs(command)
+
+
+def _keep_to_share(number: int, count: int) -> None:
+    """Has this process use its share of the CPU's cores alone, where the system allows that.
+
+    JAX then starts no more threads than there are cores for, which would wait for each other.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) >= count:
+            os.sched_setaffinity(0, cores[number::count])
 
 
 def _end_with_parent() -> None:

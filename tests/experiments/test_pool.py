@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import io
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -129,3 +130,14 @@ def test_what_a_run_needs_is_compiled_from_an_untrained_start(command, cell, mon
     assert "jit(update)" not in caplog.text
     assert "jit(sample)" not in caplog.text
     assert "jit(_hidden)" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("number", "count", "share"), [(0, 1, [2, 3, 5, 7, 8]), (1, 2, [3, 7]), (5, 6, None)]
+)
+def test_processes_share_the_cores(monkeypatch, number, count, share):
+    used = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {8, 2, 3, 5, 7}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *given: used.append(given), raising=False)
+    pool._keep_to_share(number, count)
+    assert used == ([] if share is None else [(0, share)])

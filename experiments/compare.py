@@ -1,6 +1,5 @@
 """`python -m experiments.compare`: all methods from one start, then the table and the figures."""
 
-import collections
 import functools
 import pathlib
 import time
@@ -125,16 +124,20 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
     def start(before_training=lambda: None):
         return report.start(command, command.start_directory, stopping, mesh, before_training)
 
-    at_once = [
+    def order(cell):
+        """The longest go first, so that no process is idle long at the end; then by seed.
+
+        Runs of different methods then begin together, which do not compile the same programs.
+        """
+        return not cell.config.method.startswith("proma"), command.seeds.index(cell.config.seed)
+
+    cells = [
         _cell(command, method, seed)
-        for seed in command.seeds
         for method in command.methods
+        for seed in command.seeds
         if method != "grpo_matched"
     ]
-    # The longest go first, for some of which grpo_matched waits: none is idle long at the end.
-    cells = collections.deque(
-        sorted(at_once, key=lambda cell: not cell.config.method.startswith("proma"))
-    )
+    cells.sort(key=order)
     if command.processes == 1:
         work = _one_by_one(cells, start(), stopping)
     else:
@@ -145,6 +148,7 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
         found[method, seed] = rows
         if method == "proma_accumulation" and "grpo_matched" in command.methods:
             cells.append(_cell(command, "grpo_matched", seed, update_norms(rows)))
+            cells.sort(key=order)
     results: figures.Results = {
         method: [found[method, seed] for seed in command.seeds] for method in command.methods
     }
@@ -164,20 +168,20 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
 
 
 def _one_by_one(
-    cells: collections.deque[pool.Cell],
+    cells: list[pool.Cell],
     start: tuple[sampling.Policy, nnx.State],
     stopping: Callable[[], bool],
 ) -> Iterator[tuple[pool.Cell, list[records.Row]]]:
     """Each run and its metrics, worked on by this process; `cells` may grow meanwhile."""
     while cells:
-        cell = cells.popleft()
+        cell = cells.pop(0)
         _, rows = report.train(cell.config, *start, cell.directory, stopping, cell.to)
         yield cell, rows
 
 
 def _side_by_side(
     command: Command,
-    cells: collections.deque[pool.Cell],
+    cells: list[pool.Cell],
     start: Callable[[Callable[[], None]], object],
     stopping: Callable[[], bool],
 ) -> Iterator[tuple[pool.Cell, list[records.Row]]]:

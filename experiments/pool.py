@@ -7,7 +7,6 @@ each other, in `programs` of the folder that the runs are in. One compiles while
 trained.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -78,7 +77,7 @@ def prepare(command: Command) -> None:
 
 def outcomes(
     command: Command,
-    cells: collections.deque[Cell],
+    cells: list[Cell],
     start: Callable[[Callable[[], None]], object],
     stopping: Callable[[], bool],
 ) -> Iterator[tuple[Cell, Outcome]]:
@@ -86,7 +85,7 @@ def outcomes(
 
     Args:
         command: what the cells have in common, and how many are worked on at a time.
-        cells: taken from its left end. More may be added after any outcome.
+        cells: taken from its beginning. More may be added after any outcome.
         start: makes what they start from, in this process. If that takes training, it first calls
             what it is given, and a process compiles what the first cell needs meanwhile.
         stopping: True stops the work.
@@ -103,7 +102,7 @@ def outcomes(
     with futures.ProcessPoolExecutor(command.processes, context, _begin, arguments) as pool:
 
         def submit():
-            cell = cells.popleft()
+            cell = cells.pop(0)
             work[pool.submit(_run, command, cell)] = cell
 
         try:

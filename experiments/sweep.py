@@ -1,7 +1,6 @@
 """`python -m experiments.sweep`: methods x learning rates x seeds from one start, and figures."""
 
 import ast
-import collections
 import dataclasses
 import itertools
 import pathlib
@@ -171,7 +170,7 @@ def _sweep(command: Command, cells: list[pool.Cell], stopping: Callable[[], bool
 
     saved: list[plot.Saved] = []
     seconds: list[float] = []
-    for cell, outcome in pool.outcomes(command, collections.deque(cells), start, stopping):
+    for cell, outcome in pool.outcomes(command, [*cells], start, stopping):
         saved.append(plot.read(outcome.directory))
         how = "complete already"
         if outcome.seconds:

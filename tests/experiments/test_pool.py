@@ -1,6 +1,5 @@
 """A comparison by two processes: killed in the middle, it ends as one by a single process does."""
 
-import collections
 import dataclasses
 import io
 import multiprocessing
@@ -105,7 +104,7 @@ def cell(command):
 
 
 def test_the_first_run_is_with_a_process_before_the_start_is_trained(command, cell):
-    cells = collections.deque([cell])
+    cells = [cell]
 
     def start(before_training):
         before_training()

@@ -205,7 +205,10 @@ def start(
     mesh: jax.sharding.Mesh | None = None,
     before_training: Callable[[], None] = lambda: None,
 ) -> tuple[sampling.Policy, nnx.State]:
-    """The start, with the progress of a warm start while it trains on one device."""
+    """The start, with the progress of a warm start while it trains on one device.
+
+    `before_training` is called if it is to train, once its records are open.
+    """
     if of.model.model is not None:
         policy, params = starts.pretrained(of.model, mesh)
         how = f"as it is in {of.model.model}"

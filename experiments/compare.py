@@ -120,9 +120,7 @@ def _compare(command: Command, stopping: Callable[[], bool]) -> None:
     report.settings(command, mesh=mesh)
     if command.processes > 1:
         pool.prepare(command)
-
-    def start(before_training=lambda: None):
-        return report.start(command, command.start_directory, stopping, mesh, before_training)
+    start = functools.partial(report.start, command, command.start_directory, stopping, mesh)
 
     def order(cell):
         """The longest go first, so that no process is idle long at the end; then by seed.

@@ -27,10 +27,20 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 from flax import nnx
 
-from experiments import files, loggers, records, report, sampling, starts, training
+from experiments import (
+    files,
+    loggers,
+    records,
+    report,
+    sampling,
+    starts,
+    training,
+    warm_start,
+)
 from experiments.configs import RunConfig
 
 Result = TypeVar("Result")
+_CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class Command(report.Settings, Protocol):
@@ -94,12 +104,11 @@ def outcomes(
         files.Failure: a cell cannot be worked on; or a process ended by itself.
         records.Preempted: `stopping` said so; what was done is saved.
     """
-    context = multiprocessing.get_context("forkserver")
-    stop, is_started, begun = context.Event(), context.Event(), context.Value("i", 0)
+    stop, is_started, begun = _CONTEXT.Event(), _CONTEXT.Event(), _CONTEXT.Value("i", 0)
     arguments = command, stop, is_started, begun
     done = 0
     work: dict[futures.Future[Outcome], Cell] = {}
-    with futures.ProcessPoolExecutor(command.processes, context, _begin, arguments) as pool:
+    with futures.ProcessPoolExecutor(command.processes, _CONTEXT, _begin, arguments) as pool:
 
         def submit():
             cell = cells.pop(0)
@@ -126,13 +135,13 @@ def outcomes(
             ) from error
         finally:
             stop.set()
+            is_started.set()  # one may be waiting for it
             pool.shutdown(cancel_futures=True)
 
 
 def each(command: Command, work: Callable[..., Result], *items: Iterable[Any]) -> list[Result]:
     """What `map` gives, of a function that the processes call side by side."""
-    context = multiprocessing.get_context("forkserver")
-    with futures.ProcessPoolExecutor(command.processes, context) as pool:
+    with futures.ProcessPoolExecutor(command.processes, _CONTEXT, _serve) as pool:
         return list(pool.map(work, *items))
 
 
@@ -152,14 +161,19 @@ def _begin(
     with begun.get_lock():
         _keep_to_share(begun.value, command.processes)
         begun.value += 1
-    for number in (signal.SIGTERM, signal.SIGINT):  # the process that started it says when to stop
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _serve()
     report.terminal.quiet = True
     logging.disable()
     # A program that another process is just writing into the cache is compiled here as well.
     warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
     _keep_programs(command)
+
+
+def _serve() -> None:
+    """Has this process end with the one that started it, which alone says when to stop."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _keep_to_share(number: int, count: int) -> None:
@@ -198,8 +212,7 @@ def _run(command: Command, cell: Cell) -> Outcome:
     """Works on a cell until its run is finished or has numbers that are not finite."""
     if not _is_started.is_set():
         _compile(cell.config)
-    while not (_stop.is_set() or _is_started.wait(0.2)):
-        pass
+    _is_started.wait()
     if _stop.is_set():
         raise records.Preempted
     began = time.monotonic()
@@ -232,7 +245,8 @@ def _compile(config: RunConfig) -> None:
     """Compiles what a run needs, by its first batch from a decoder that is not trained."""
     settings = dataclasses.replace(config.training, steps=config.training.steps_per_batch)
     first = dataclasses.replace(config, training=settings)
-    policy, params = starts.untrained(config.task, config.model, config.start)
+    untrained = warm_start.StartConfig(config.task, config.start).untrained()
+    policy, params = starts.adapted(*untrained, config.model)
     stopped = contextlib.suppress(files.Failure, records.Preempted)  # the run itself tells of it
     with stopped, tempfile.TemporaryDirectory() as folder:
         training.train(first, policy, params, pathlib.Path(folder), stopping=_stop.is_set)

@@ -207,7 +207,7 @@ def start(
 ) -> tuple[sampling.Policy, nnx.State]:
     """The start, with the progress of a warm start while it trains on one device.
 
-    `before_training` is called if it is to train, once its records are open.
+    `before_training` is called before a warm start trains, and not if it is trained already.
     """
     if of.model.model is not None:
         policy, params = starts.pretrained(of.model, mesh)

@@ -23,14 +23,6 @@ def decoder_config(
     return huggingface.config_of(model.model)
 
 
-def untrained(
-    task: TaskConfig, model: ModelConfig, start: warm_start.WarmStartConfig
-) -> tuple[sampling.Policy, nnx.State]:
-    """The policy of a small decoder, and its parameters before the warm start."""
-    policy, params = warm_start.StartConfig(task, start).untrained()
-    return adapted(policy, params, model)
-
-
 def pretrained(
     config: ModelConfig, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[sampling.Policy, nnx.State]:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import itertools
 import pathlib
 import time
@@ -164,10 +165,7 @@ def _sweep(command: Command, cells: list[pool.Cell], stopping: Callable[[], bool
         f"{len(command.learning_rates)} learning rates x {len(command.seeds)} seeds, "
         f"{command.processes} at a time"
     )
-
-    def start(before_training):
-        report.start(command, command.start_directory, stopping, before_training=before_training)
-
+    start = functools.partial(report.start, command, command.start_directory, stopping, None)
     saved: list[plot.Saved] = []
     seconds: list[float] = []
     for cell, outcome in pool.outcomes(command, [*cells], start, stopping):
